@@ -1,0 +1,287 @@
+#include "codec.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+
+#include "error.h"
+#include "planes.h"
+
+namespace pysnap {
+
+namespace {
+
+constexpr std::size_t kBlock = std::size_t{1} << 20;
+constexpr std::size_t kLine = 64;
+constexpr std::size_t kHeader = 8;
+constexpr std::size_t kEntry = 8;
+constexpr std::uint8_t kFlagMap = 1;
+constexpr std::uint8_t kMethodRaw = 0;
+constexpr std::uint8_t kMethodConstant = 1;
+constexpr std::uint8_t kMethodZstd = 2;
+
+// Thresholds found by measurement on weights and Adam states; they change sizes and speed, never what a reader sees.
+constexpr std::size_t kSampledLines = 128;
+constexpr std::size_t kZeroLinesWorthMap = 13;
+constexpr std::size_t kSampleRuns = 16;
+constexpr std::size_t kSampleRunLength = 64;
+constexpr double kEntropyWorthCoding = 7.5;
+
+bool is_float(Element element) { return element >= Element::kF16; }
+
+bool is_zero_line(const std::uint8_t* line) {
+  std::uint64_t any = 0;
+  for (std::size_t i = 0; i < kLine; i += sizeof(any)) {
+    std::uint64_t word;
+    std::memcpy(&word, line + i, sizeof(word));
+    any |= word;
+  }
+  return any == 0;
+}
+
+bool many_zero_lines(const std::uint8_t* raw, std::size_t lines) {
+  if (lines < kSampledLines) return false;
+  std::size_t zero = 0;
+  for (std::size_t i = 0; i < kSampledLines; ++i) zero += is_zero_line(raw + i * lines / kSampledLines * kLine);
+  return zero >= kZeroLinesWorthMap;
+}
+
+bool is_constant(const std::uint8_t* plane, std::size_t size) { return std::memcmp(plane, plane + 1, size - 1) == 0; }
+
+// Bits per byte, from a sample, with the Miller-Madow correction for its smallness.
+double estimate_entropy(const std::uint8_t* plane, std::size_t size) {
+  std::array<unsigned, 256> counts{};
+  const std::size_t run = std::min(kSampleRunLength, size);
+  for (std::size_t r = 0; r < kSampleRuns; ++r) {
+    const std::uint8_t* start = plane + (size - run) * r / (kSampleRuns - 1);
+    for (std::size_t i = 0; i < run; ++i) ++counts[start[i]];
+  }
+  const double total = static_cast<double>(kSampleRuns * run);
+  double entropy = 0;
+  unsigned symbols = 0;
+  for (unsigned count : counts) {
+    if (count == 0) continue;
+    ++symbols;
+    entropy -= count / total * std::log2(count / total);
+  }
+  return entropy + (symbols - 1) / (2 * total * std::log(2.0));
+}
+
+void put_u32(std::uint8_t* to, std::size_t value) {
+  const std::uint32_t word = static_cast<std::uint32_t>(value);
+  std::memcpy(to, &word, sizeof(word));
+}
+
+std::uint32_t get_u32(const std::uint8_t* from) {
+  std::uint32_t word;
+  std::memcpy(&word, from, sizeof(word));
+  return word;
+}
+
+}  // namespace
+
+std::size_t element_width(Element element) {
+  constexpr std::array<std::size_t, kElementCount> kWidths = {1, 2, 4, 8, 2, 4, 8};
+  return kWidths[static_cast<std::size_t>(element)];
+}
+
+// The output buffer and how much of it is used; a chunk that outgrows it is not worth encoding.
+class PlanesEncoder::Output {
+ public:
+  Output(std::uint8_t* data, std::size_t capacity) : data_(data), capacity_(capacity) {}
+
+  // Zeroed room for `size` bytes; null where there is none.
+  std::uint8_t* take(std::size_t size) {
+    if (size > capacity_ - used_) return nullptr;
+    std::uint8_t* start = data_ + used_;
+    std::memset(start, 0, size);
+    used_ += size;
+    return start;
+  }
+  bool append(const std::uint8_t* bytes, std::size_t size) {
+    if (size > capacity_ - used_) return false;
+    std::memcpy(data_ + used_, bytes, size);
+    used_ += size;
+    return true;
+  }
+  std::uint8_t* next() { return data_ + used_; }
+  std::size_t left() const { return capacity_ - used_; }
+  void advance(std::size_t size) { used_ += size; }
+  std::size_t used() const { return used_; }
+  std::uint8_t* at(std::size_t offset) { return data_ + offset; }
+
+ private:
+  std::uint8_t* data_;
+  std::size_t capacity_;
+  std::size_t used_ = 0;
+};
+
+PlanesEncoder::PlanesEncoder(std::shared_ptr<const Zstd> zstd)
+    : entropy_(zstd, ZstdRecipe::kEntropy), matches_(zstd, ZstdRecipe::kMatches), kept_(kBlock), planes_(kBlock) {}
+
+std::size_t PlanesEncoder::encode(Element element, const std::uint8_t* raw, std::size_t size, std::uint8_t* out) {
+  if (size == 0) return 0;
+  Output output(out, size - 1);
+  for (std::size_t done = 0; done < size; done += kBlock) {
+    if (!encode_block(element, raw + done, std::min(kBlock, size - done), output)) return 0;
+  }
+  return output.used();
+}
+
+bool PlanesEncoder::encode_block(Element element, const std::uint8_t* raw, std::size_t size, Output& out) {
+  const std::size_t width = element_width(element);
+  const std::size_t lines = size / kLine;
+  const bool with_map = many_zero_lines(raw, lines);
+  std::uint8_t* header = out.take(kHeader);
+  if (header == nullptr) return false;
+  std::size_t kept = size;
+  if (with_map) {
+    std::uint8_t* map = out.take((lines + 7) / 8);
+    if (map == nullptr) return false;
+    kept = 0;
+    for (std::size_t i = 0; i < lines; ++i) {
+      if (is_zero_line(raw + i * kLine)) continue;
+      map[i / 8] = static_cast<std::uint8_t>(map[i / 8] | 1u << i % 8);
+      std::memcpy(kept_.data() + kept, raw + i * kLine, kLine);
+      kept += kLine;
+    }
+    const std::size_t tail = size - lines * kLine;
+    std::memcpy(kept_.data() + kept, raw + lines * kLine, tail);
+    kept += tail;
+    raw = kept_.data();
+  }
+  header[0] = with_map ? kFlagMap : 0;
+  header[1] = static_cast<std::uint8_t>(width);
+  put_u32(header + 4, kept);
+  const std::size_t entries = out.used();
+  if (out.take(kEntry * width) == nullptr) return false;
+  const std::size_t count = kept / width;
+  split_planes(element, raw, count, planes_.data(), count);
+  for (std::size_t p = 0; p < width; ++p) {
+    if (!encode_plane(element, planes_.data() + p * count, count, out, entries + p * kEntry)) return false;
+  }
+  return true;
+}
+
+bool PlanesEncoder::encode_plane(Element element, const std::uint8_t* plane, std::size_t size, Output& out, std::size_t entry) {
+  const std::size_t start = out.used();
+  std::uint8_t method = kMethodRaw;
+  if (size > 0 && is_constant(plane, size)) {
+    method = kMethodConstant;
+    if (!out.append(plane, 1)) return false;
+  } else if (size > 0 && estimate_entropy(plane, size) < kEntropyWorthCoding) {
+    ZstdCompressor& compressor = is_float(element) ? entropy_ : matches_;
+    const std::size_t written = compressor.compress(plane, size, out.next(), std::min(out.left(), size - 1));
+    if (written > 0) method = kMethodZstd;
+    out.advance(written);
+  }
+  if (method == kMethodRaw && !out.append(plane, size)) return false;
+  out.at(entry)[0] = method;
+  put_u32(out.at(entry) + 4, out.used() - start);
+  return true;
+}
+
+// The encoded bytes that are left.
+class PlanesDecoder::Input {
+ public:
+  Input(const std::uint8_t* data, std::size_t size) : next_(data), left_(size) {}
+
+  // The next `size` bytes; null where there are not that many.
+  const std::uint8_t* take(std::size_t size) {
+    if (size > left_) return nullptr;
+    const std::uint8_t* start = next_;
+    next_ += size;
+    left_ -= size;
+    return start;
+  }
+  std::size_t left() const { return left_; }
+
+ private:
+  const std::uint8_t* next_;
+  std::size_t left_;
+};
+
+PlanesDecoder::PlanesDecoder(std::shared_ptr<const Zstd> zstd) : kept_(kBlock), planes_(kBlock) {
+  if (zstd != nullptr) zstd_.emplace(std::move(zstd));
+}
+
+bool PlanesDecoder::decode(Element element, const std::uint8_t* encoded, std::size_t stored, std::uint8_t* raw,
+                           std::size_t size) {
+  if (size % element_width(element) != 0) return false;
+  Input input(encoded, stored);
+  for (std::size_t done = 0; done < size; done += kBlock) {
+    if (!decode_block(element, input, raw + done, std::min(kBlock, size - done))) return false;
+  }
+  return input.left() == 0;
+}
+
+bool PlanesDecoder::decode_block(Element element, Input& in, std::uint8_t* raw, std::size_t size) {
+  const std::size_t width = element_width(element);
+  const std::uint8_t* header = in.take(kHeader);
+  if (header == nullptr || header[0] > kFlagMap || header[1] != width || header[2] != 0 || header[3] != 0) return false;
+  const bool with_map = header[0] == kFlagMap;
+  const std::size_t kept = get_u32(header + 4);
+  const std::size_t lines = size / kLine;
+  const std::size_t map_size = (lines + 7) / 8;
+  const std::uint8_t* map = nullptr;
+  std::size_t expected = size;
+  if (with_map) {
+    map = in.take(map_size);
+    if (map == nullptr) return false;
+    expected = size - lines * kLine;
+    for (std::size_t i = 0; i < lines; ++i) expected += (map[i / 8] >> i % 8 & 1) * kLine;
+    if (lines % 8 != 0 && map[map_size - 1] >> lines % 8 != 0) return false;
+  }
+  if (kept != expected) return false;
+
+  const std::uint8_t* entries = in.take(kEntry * width);
+  if (entries == nullptr) return false;
+  const std::size_t count = kept / width;
+  std::array<const std::uint8_t*, 8> planes{};
+  for (std::size_t p = 0; p < width; ++p) {
+    const std::uint8_t* entry = entries + p * kEntry;
+    const std::size_t payload_size = get_u32(entry + 4);
+    const std::uint8_t* payload = in.take(payload_size);
+    if (payload == nullptr || entry[1] != 0 || entry[2] != 0 || entry[3] != 0) return false;
+    planes[p] = decode_plane(entry[0], payload, payload_size, planes_.data() + p * count, count);
+    if (planes[p] == nullptr) return false;
+  }
+  if (!with_map) {
+    merge_planes(element, planes.data(), count, raw);
+    return true;
+  }
+  merge_planes(element, planes.data(), count, kept_.data());
+  const std::uint8_t* next = kept_.data();
+  for (std::size_t i = 0; i < lines; ++i) {
+    if (map[i / 8] >> i % 8 & 1) {
+      std::memcpy(raw + i * kLine, next, kLine);
+      next += kLine;
+    } else {
+      std::memset(raw + i * kLine, 0, kLine);
+    }
+  }
+  std::memcpy(raw + lines * kLine, next, size - lines * kLine);
+  return true;
+}
+
+const std::uint8_t* PlanesDecoder::decode_plane(std::uint8_t method, const std::uint8_t* payload, std::size_t payload_size,
+                                                std::uint8_t* scratch, std::size_t size) {
+  switch (method) {
+    case kMethodRaw:
+      return payload_size == size ? payload : nullptr;
+    case kMethodConstant:
+      if (payload_size != 1) return nullptr;
+      std::memset(scratch, payload[0], size);
+      return scratch;
+    case kMethodZstd:
+      if (!zstd_) {
+        throw Error(ErrorKind::kInvalid, "a chunk is compressed with zstd and no libzstd is found; install the zstandard package");
+      }
+      return zstd_->decompress(payload, payload_size, scratch, size) ? scratch : nullptr;
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace pysnap

@@ -1,0 +1,36 @@
+// The digest of a chunk: XXH3-128 of its raw bytes, with seed 0 and the default secret, as the
+// xxHash specification defines it (github.com/Cyan4973/xxHash, doc/xxhash_spec.md). It finds damage
+// and tells equal chunks; it does not resist someone who forges data on purpose.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "cpu.h"
+
+namespace pysnap {
+
+struct Digest {
+  std::uint64_t low = 0;
+  std::uint64_t high = 0;
+};
+
+inline bool operator==(const Digest& a, const Digest& b) noexcept {
+  return a.low == b.low && a.high == b.high;
+}
+inline bool operator!=(const Digest& a, const Digest& b) noexcept { return !(a == b); }
+
+// The digest of `size` bytes at `data`, which needs no alignment and may be null if `size` is 0.
+// Reads memory and nothing else; any number of threads may call it at once.
+Digest xxh3_128(const void* data, std::size_t size) noexcept;
+
+// The same value, computed on one path: for tests and benchmarks. A path that this CPU cannot run
+// is replaced by the portable one.
+Digest xxh3_128(const void* data, std::size_t size, SimdPath path) noexcept;
+
+// The canonical form of the specification: 32 lowercase hex digits, high half first.
+std::string to_hex(const Digest& digest);
+
+}  // namespace pysnap

@@ -1,0 +1,393 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <exception>
+
+#include "buffer.h"
+#include "digest.h"
+#include "thread.h"
+
+namespace pysnap {
+
+namespace {
+
+// How long a wait lasts before it looks whether it was interrupted.
+constexpr std::chrono::milliseconds kPoll{100};
+
+// Objects of a forked child are never destroyed: their mutexes may be locked by threads that do not exist there.
+template <typename T>
+std::shared_ptr<T> owned_by_process(T* object) {
+  return std::shared_ptr<T>(object, [owner = ::getpid()](T* pointer) {
+    if (::getpid() == owner) delete pointer;
+  });
+}
+
+struct Interruption {};
+
+void poll(const Interrupted& interrupted) {
+  if (interrupted && interrupted()) throw Interruption{};
+}
+
+}  // namespace
+
+Job::Job(Engine& engine, std::vector<Extent> extents, std::vector<Span> spans, std::size_t eager)
+    : engine_(engine), extents_(std::move(extents)), spans_(std::move(spans)), eager_(eager), chunks_(spans_.size()) {
+  std::uint64_t stream = 0;
+  for (const Extent& extent : extents_) {
+    extent_starts_.push_back(stream);
+    stream += extent.length;
+    if (devices_.count(extent.device) == 0) devices_[extent.device] = open_device(extent.device);
+  }
+  std::uint64_t covered = 0;
+  for (const Span& span : spans_) {
+    if (span.raw == 0 || span.raw > engine_.options_.chunk_size || static_cast<std::uint8_t>(span.element) >= kElementCount ||
+        span.raw % element_width(span.element) != 0) {
+      throw Error(ErrorKind::kInvalid, "a span of " + std::to_string(span.raw) + " bytes is no chunk");
+    }
+    chunk_starts_.push_back(covered);
+    covered += span.raw;
+  }
+  if (covered != stream || eager_ > spans_.size()) {
+    throw Error(ErrorKind::kInvalid, "the spans cover " + std::to_string(covered) + " bytes of a stream of " + std::to_string(stream));
+  }
+}
+
+bool Job::capture(const std::vector<std::pair<DeviceIndex, StreamHandle>>& streams, const Interrupted& interrupted) {
+  engine_.check_process();
+  {
+    std::lock_guard<std::mutex> lock(engine_.mutex_);
+    copy_limit_ = eager_;
+    try {
+      for (const auto& [index, stream] : streams) {
+        if (auto device = devices_.find(index); device != devices_.end()) device->second->follow(stream);
+      }
+    } catch (const Error& error) {
+      fail(error);
+    }
+  }
+  engine_.copies_.notify_all();
+  const bool completed = copy_until_done(interrupted);
+  {
+    std::lock_guard<std::mutex> lock(engine_.mutex_);
+    holding_ = false;
+    copy_limit_ = spans_.size();
+  }
+  engine_.work_.notify_all();
+  engine_.copies_.notify_all();
+  engine_.progress_.notify_all();
+  return completed;
+}
+
+bool Job::gate(const std::vector<std::pair<DeviceIndex, StreamHandle>>& streams, const Interrupted& interrupted) {
+  engine_.check_process();
+  if (!copy_until_done(interrupted)) return false;
+  for (const auto& [index, stream] : streams) {
+    if (auto device = devices_.find(index); device != devices_.end()) device->second->gate(stream);
+  }
+  return true;
+}
+
+// Copies beside the helpers until nothing is left that may be copied and nobody copies any more; false if interrupted.
+bool Job::copy_until_done(const Interrupted& interrupted) {
+  bool completed = true;
+  try {
+    copy(interrupted);
+  } catch (const Interruption&) {
+    completed = false;
+    abort();
+  }
+  // Not interruptible: the helpers are in the middle of a chunk at most, and the caller may free its tensors after this.
+  std::unique_lock<std::mutex> lock(engine_.mutex_);
+  engine_.progress_.wait(lock, [&] { return copying_ == 0 && !may_copy(); });
+  return completed;
+}
+
+void Job::copy(const Interrupted& interrupted) {
+  for (;;) {
+    {
+      std::lock_guard<std::mutex> lock(engine_.mutex_);
+      if (!may_copy()) return;
+    }
+    try {
+      std::optional<Slot> slot = wait_for_slot(interrupted);
+      if (slot) copy_next(std::move(*slot));
+    } catch (const Error& error) {
+      std::lock_guard<std::mutex> lock(engine_.mutex_);
+      fail(error);
+    }
+  }
+}
+
+// Null once there is nothing to copy any more.
+std::optional<Slot> Job::wait_for_slot(const Interrupted& interrupted) {
+  std::optional<Slot> slot = engine_.pool_->try_acquire();
+  while (!slot) {
+    {
+      std::lock_guard<std::mutex> lock(engine_.mutex_);
+      if (!may_copy()) break;
+      holding_ = false;
+    }
+    engine_.work_.notify_all();
+    slot = engine_.pool_->acquire(kPoll);
+    if (!slot) poll(interrupted);
+  }
+  return slot;
+}
+
+void Job::copy_next(Slot slot) {
+  std::unique_lock<std::mutex> lock(engine_.mutex_);
+  if (!may_copy()) return;
+  const std::size_t chunk = next_copy_++;
+  ++copying_;
+  lock.unlock();
+  std::optional<Staged> staged;
+  std::optional<Error> failure;
+  try {
+    staged.emplace(stage(chunk, std::move(slot)));
+  } catch (const Error& error) {
+    failure = error;
+  }
+  lock.lock();
+  --copying_;
+  if (failure) fail(*failure);
+  if (!failure_) staged_.push_back(std::move(*staged));
+  lock.unlock();
+  engine_.progress_.notify_all();
+  engine_.work_.notify_one();
+}
+
+Job::Staged Job::stage(std::size_t chunk, Slot slot) const {
+  std::uint64_t position = chunk_starts_[chunk];
+  const std::uint64_t end = position + spans_[chunk].raw;
+  std::uint8_t* to = slot.data();
+  // The last extent that starts at or before the chunk; those of no length before it do not matter.
+  std::size_t i = std::upper_bound(extent_starts_.begin(), extent_starts_.end(), position) - extent_starts_.begin() - 1;
+  Staged staged{chunk, std::move(slot), {}};
+  std::map<DeviceIndex, Device*> used;
+  for (; position < end; ++i) {
+    const Extent& extent = extents_[i];
+    const std::uint64_t skip = position - extent_starts_[i];
+    const std::uint64_t length = std::min(extent.length - skip, end - position);
+    if (length == 0) continue;
+    Device* device = devices_.at(extent.device).get();
+    device->read(to, extent.address + skip, length);
+    used[extent.device] = device;
+    to += length;
+    position += length;
+  }
+  for (const auto& [index, device] : used) {
+    if (std::unique_ptr<Fence> fence = device->fence()) staged.fences.push_back(std::move(fence));
+  }
+  return staged;
+}
+
+void Job::open_pack(const std::string& path) {
+  engine_.check_process();
+  std::uint64_t expected = 0;
+  for (const Span& span : spans_) expected += round_up(span.raw, kPageSize);
+  auto pack = std::make_shared<PackWriter>(path, expected, engine_.options_.direct_io);
+  {
+    std::lock_guard<std::mutex> lock(engine_.mutex_);
+    if (failure_) throw *failure_;
+    pack_ = std::move(pack);
+  }
+  engine_.work_.notify_all();
+  engine_.progress_.notify_all();
+}
+
+bool Job::wait_staged(std::chrono::milliseconds timeout) {
+  engine_.check_process();
+  std::unique_lock<std::mutex> lock(engine_.mutex_);
+  return engine_.progress_.wait_for(lock, timeout,
+                                    [&] { return failure_ || (next_copy_ == spans_.size() && copying_ == 0); });
+}
+
+bool Job::wait_written(std::chrono::milliseconds timeout) {
+  engine_.check_process();
+  std::unique_lock<std::mutex> lock(engine_.mutex_);
+  const bool done = engine_.progress_.wait_for(lock, timeout, [&] { return failure_ || is_written(); });
+  if (failure_) throw *failure_;
+  return done;
+}
+
+WrittenPack Job::finish() {
+  engine_.check_process();
+  std::shared_ptr<PackWriter> pack;
+  {
+    std::lock_guard<std::mutex> lock(engine_.mutex_);
+    if (!failure_ && !is_written()) throw Error(ErrorKind::kInvalid, "finish() before every chunk is written");
+    pack = std::move(pack_);
+    if (failure_) {
+      end();
+      throw *failure_;
+    }
+  }
+  // The engine takes the next job only when this one's pack is durable: its writes would delay the sync.
+  try {
+    const std::uint64_t size = pack->finish();
+    std::lock_guard<std::mutex> lock(engine_.mutex_);
+    end();
+    return {chunks_, size};
+  } catch (const Error& error) {
+    std::lock_guard<std::mutex> lock(engine_.mutex_);
+    fail(error);
+    end();
+    throw;
+  }
+}
+
+void Job::abort() {
+  engine_.check_process();
+  std::lock_guard<std::mutex> lock(engine_.mutex_);
+  fail(Error(ErrorKind::kClosed, "the snapshot was aborted"));
+  end();
+}
+
+// The first failure is the one that is told.
+void Job::fail(const Error& error) {
+  if (!failure_) failure_ = error;
+  staged_.clear();
+  engine_.progress_.notify_all();
+}
+
+void Job::end() {
+  if (engine_.active_.get() == this) engine_.active_.reset();
+}
+
+std::shared_ptr<Engine> Engine::create(EngineOptions options) {
+  if (options.chunk_size == 0 || options.chunk_size > kLargestChunk || options.chunk_size % kPageSize != 0) {
+    throw Error(ErrorKind::kInvalid, "the chunk size must be a multiple of " + std::to_string(kPageSize) + " bytes, at most " +
+                                         std::to_string(kLargestChunk));
+  }
+  if (options.slots < 2 || options.workers < 1 || options.copy_threads < 1) {
+    throw Error(ErrorKind::kInvalid, "an engine needs two slots, a worker and a copying thread at least");
+  }
+  std::shared_ptr<Engine> engine = owned_by_process(new Engine(std::move(options)));
+  engine->start();
+  return engine;
+}
+
+Engine::Engine(EngineOptions options)
+    : options_(std::move(options)), owner_(::getpid()), pool_(SlotPool::create(options_.chunk_size, options_.slots)) {}
+
+Engine::~Engine() { close(); }
+
+void Engine::check_process() const {
+  if (::getpid() != owner_) {
+    throw Error(ErrorKind::kClosed, "this engine belongs to the process that created it, not to a forked child");
+  }
+}
+
+void Engine::start() {
+  for (unsigned i = 0; i < options_.workers; ++i) {
+    threads_.push_back(start_thread("pysnap-write", [this] { work(); }, options_.nice));
+  }
+  // One helper at least: without it, what is copied lazily would wait for the gate.
+  for (unsigned i = 0; i < std::max(1u, options_.copy_threads - 1); ++i) {
+    threads_.push_back(start_thread("pysnap-copy", [this] { help_copy(); }));
+  }
+}
+
+void Engine::reserve(std::uint64_t bytes) {
+  check_process();
+  pool_->reserve(static_cast<std::size_t>(bytes / options_.chunk_size + 1));
+}
+
+void Engine::wait_reserved() {
+  check_process();
+  pool_->wait_reserved();
+}
+
+std::shared_ptr<Job> Engine::begin(std::vector<Extent> extents, std::vector<Span> spans, std::size_t eager) {
+  check_process();
+  std::shared_ptr<Job> job = owned_by_process(new Job(*this, std::move(extents), std::move(spans), eager));
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (closing_) throw Error(ErrorKind::kClosed, "the engine is closed");
+  if (active_ != nullptr) throw Error(ErrorKind::kInvalid, "another snapshot is in flight");
+  active_ = job;
+  return job;
+}
+
+void Engine::close() {
+  check_process();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    closing_ = true;
+    if (active_ != nullptr) {
+      active_->fail(Error(ErrorKind::kClosed, "the engine was closed before the snapshot was written"));
+      active_.reset();
+    }
+  }
+  work_.notify_all();
+  copies_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+  pool_->stop();
+}
+
+void Engine::help_copy() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    copies_.wait(lock, [&] { return closing_ || (active_ != nullptr && active_->may_copy()); });
+    if (closing_) return;
+    std::shared_ptr<Job> job = active_;
+    lock.unlock();
+    job->copy(nullptr);
+    job.reset();
+    lock.lock();
+  }
+}
+
+void Engine::work() {
+  std::optional<PlanesEncoder> encoder;
+  Buffer out;
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    work_.wait(lock, [&] { return closing_ || (active_ != nullptr && active_->may_write()); });
+    if (closing_) return;
+    std::shared_ptr<Job> job = active_;
+    std::shared_ptr<PackWriter> pack = job->pack_;
+    std::optional<Job::Staged> staged(std::move(job->staged_.front()));
+    job->staged_.pop_front();
+    lock.unlock();
+    const std::size_t index = staged->chunk;
+    std::optional<StoredChunk> chunk;
+    std::optional<Error> failure;
+    try {
+      if (options_.zstd != nullptr && !encoder) {
+        encoder.emplace(options_.zstd);
+        out = make_buffer(options_.chunk_size);
+      }
+      chunk = write(*pack, job->spans_[index], *staged, encoder ? &*encoder : nullptr, out.get());
+    } catch (const Error& error) {
+      failure = error;
+    } catch (const std::exception& error) {
+      failure = Error(ErrorKind::kInvalid, std::string("encoding failed: ") + error.what());
+    }
+    staged.reset();
+    lock.lock();
+    if (failure) {
+      job->fail(*failure);
+    } else {
+      job->chunks_[index] = *chunk;
+      ++job->written_;
+    }
+    progress_.notify_all();
+  }
+}
+
+StoredChunk Engine::write(PackWriter& pack, const Span& span, Job::Staged& staged, PlanesEncoder* encoder,
+                          std::uint8_t* out) const {
+  for (const std::unique_ptr<Fence>& fence : staged.fences) fence->wait();
+  std::uint8_t* raw = staged.slot.data();
+  StoredChunk chunk{0, span.raw, span.raw, span.element, Encoding::kRaw, 0, xxh3_128(raw, span.raw)};
+  const std::size_t encoded = encoder != nullptr ? encoder->encode(span.element, raw, span.raw, out) : 0;
+  if (encoded > 0) {
+    chunk.stored = static_cast<std::uint32_t>(encoded);
+    chunk.encoding = Encoding::kPlanes;
+  }
+  chunk.offset = pack.append(encoded > 0 ? out : raw, chunk.stored);
+  return chunk;
+}
+
+}  // namespace pysnap

@@ -1,0 +1,176 @@
+// engine.h: the way of the bytes when a snapshot is taken: extents -> slots -> encoded chunks -> pack.
+//
+//   std::shared_ptr<Job> job = engine->begin(extents, spans, eager);
+//   another thread:  job->open_pack(path); job->wait_written(...); job->finish();
+//   the caller:      job->capture(streams, interrupted);  ... training ...  job->gate(stream);
+//
+// Threads: `copy_threads` - 1 helpers copy beside the caller; `workers` low-priority threads encode and write. None of them knows Python.
+#pragma once
+
+#include <unistd.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "device.h"
+#include "error.h"
+#include "pack.h"
+#include "slot_pool.h"
+#include "zstd.h"
+
+namespace pysnap {
+
+struct EngineOptions {
+  std::size_t chunk_size = std::size_t{4} << 20;  // also the size of a slot; a multiple of kPageSize
+  std::size_t slots = 64;                         // bound of the staging memory; at least 2
+  unsigned workers = 2;
+  unsigned copy_threads = 2;
+  int nice = 10;                      // of the workers
+  bool direct_io = true;              // where the file system can
+  std::shared_ptr<const Zstd> zstd;   // null: every chunk is stored raw
+};
+
+// One chunk of the stream before it is written.
+struct Span {
+  std::uint32_t raw;
+  Element element;
+};
+
+// What finish() returns.
+struct WrittenPack {
+  std::vector<StoredChunk> chunks;  // in the order of the stream
+  std::uint64_t size;               // length of the file
+};
+
+// Polled while the caller waits; true ends the wait and aborts the job (Ctrl-C).
+using Interrupted = std::function<bool()>;
+
+class Engine;
+
+// One capture on its way to disk. Created by Engine::begin, which it must not outlive. Any method may be called by any thread, unless it says
+// otherwise. A failure (of a copy, a write, the disk) is kept and thrown by wait_written and finish; it never leaves capture or gate, so
+// that training goes on.
+class Job {
+ public:
+  // Copies the eager chunks; returns when their bytes have been read, or the job has failed. The lazy ones are then copied in the
+  // background. Blocks for the copy, and for slots where the state is larger than the staging memory. `streams` names the caller's current
+  // stream of each device. Called once, by one thread; false if `interrupted` ended it.
+  bool capture(const std::vector<std::pair<DeviceIndex, StreamHandle>>& streams, const Interrupted& interrupted);
+
+  // May not be passed before every byte has been read: on the host it copies what is left and waits, on a device it makes `streams` wait
+  // without blocking the caller. False if `interrupted` ended it.
+  bool gate(const std::vector<std::pair<DeviceIndex, StreamHandle>>& streams, const Interrupted& interrupted);
+
+  // Creates the pack and reserves its space; from now on chunks are written. Throws Error.
+  void open_pack(const std::string& path);
+
+  // True once every byte is in staging memory or the job has failed; false after `timeout`.
+  bool wait_staged(std::chrono::milliseconds timeout);
+  // True once every chunk is in the pack; false after `timeout`. Throws the failure of the job.
+  bool wait_written(std::chrono::milliseconds timeout);
+  // Makes the pack durable. Blocks for the disk. Throws the failure of the job. Ends the job, whatever happens.
+  WrittenPack finish();
+  // Gives up: nothing more is copied or written. Does not wait for a write in flight. Ends the job.
+  void abort();
+
+ private:
+  friend class Engine;
+  struct Staged {
+    std::size_t chunk;
+    Slot slot;
+    std::vector<std::unique_ptr<Fence>> fences;
+  };
+
+  Job(Engine& engine, std::vector<Extent> extents, std::vector<Span> spans, std::size_t eager);
+  bool copy_until_done(const Interrupted& interrupted);
+  void copy(const Interrupted& interrupted);
+  std::optional<Slot> wait_for_slot(const Interrupted& interrupted);
+  void copy_next(Slot slot);
+  Staged stage(std::size_t chunk, Slot slot) const;
+  // With engine_.mutex_ held:
+  bool may_copy() const { return !failure_ && next_copy_ < copy_limit_; }
+  bool is_written() const { return pack_ != nullptr && written_ == spans_.size(); }
+  bool may_write() const { return pack_ != nullptr && !holding_ && !staged_.empty(); }
+  void fail(const Error& error);
+  void end();
+
+  // Constant after construction.
+  Engine& engine_;
+  const std::vector<Extent> extents_;
+  const std::vector<Span> spans_;
+  const std::size_t eager_;
+  std::vector<std::uint64_t> extent_starts_;  // offsets in the stream
+  std::vector<std::uint64_t> chunk_starts_;
+  std::map<DeviceIndex, std::shared_ptr<Device>> devices_;
+
+  // Guarded by engine_.mutex_.
+  std::size_t next_copy_ = 0;   // chunks below it have been given to a copying thread
+  std::size_t copy_limit_ = 0;  // chunks below it may be copied now
+  std::size_t copying_ = 0;     // chunks being copied
+  std::size_t written_ = 0;
+  bool holding_ = true;  // workers stay away while the caller copies, as long as there are slots
+  std::deque<Staged> staged_;
+  std::shared_ptr<PackWriter> pack_;
+  std::vector<StoredChunk> chunks_;
+  std::optional<Error> failure_;
+};
+
+// Owns the threads and the staging memory. One job at a time. In a forked child every method throws Error(kClosed) and destruction does nothing, as
+// the threads do not exist there.
+class Engine {
+ public:
+  // Starts the threads. Throws Error(kInvalid) for options that cannot be, Error(kIo) where threads are refused.
+  static std::shared_ptr<Engine> create(EngineOptions options);
+  ~Engine();
+
+  // Has staging memory for `bytes` (bounded by the slots) mapped and touched in the background.
+  void reserve(std::uint64_t bytes);
+  // Blocks until that is done.
+  void wait_reserved();
+
+  // `extents` laid end to end are the stream, `spans` cut it into chunks; the first `eager` chunks are copied by capture(), the others later.
+  // No I/O, no copy. Throws Error(kInvalid) for arguments that do not fit, or while another job is in flight.
+  std::shared_ptr<Job> begin(std::vector<Extent> extents, std::vector<Span> spans, std::size_t eager);
+
+  // Aborts the job in flight and joins the threads; blocks for a write in flight. Safe to repeat.
+  void close();
+
+ private:
+  friend class Job;
+  explicit Engine(EngineOptions options);
+  void check_process() const;
+  void start();
+  void work();
+  void help_copy();
+  StoredChunk write(PackWriter& pack, const Span& span, Job::Staged& staged, PlanesEncoder* encoder, std::uint8_t* out) const;
+
+  // Constant after construction.
+  const EngineOptions options_;
+  const pid_t owner_;
+  std::shared_ptr<SlotPool> pool_;
+
+  std::mutex mutex_;
+  // Guarded by mutex_.
+  std::condition_variable work_;      // something to write, or closing
+  std::condition_variable copies_;    // something to copy, or closing
+  std::condition_variable progress_;  // a chunk was staged or written, or a job failed
+  std::shared_ptr<Job> active_;
+  bool closing_ = false;
+
+  // Touched by create and close alone.
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace pysnap

@@ -1,0 +1,22 @@
+#include "error.h"
+
+#include <system_error>
+
+namespace pysnap {
+
+Error Error::io(const std::string& doing, const std::string& path, int error_number) {
+  // std::generic_category().message is thread safe, strerror is not.
+  Error error(ErrorKind::kIo, doing + " " + path + " failed: " + std::generic_category().message(error_number));
+  error.error_number_ = error_number;
+  error.path_ = path;
+  return error;
+}
+
+Error Error::corrupt(const std::string& path, std::int64_t chunk, const std::string& what) {
+  Error error(ErrorKind::kCorrupt, path + ", chunk " + std::to_string(chunk) + ": " + what);
+  error.path_ = path;
+  error.chunk_ = chunk;
+  return error;
+}
+
+}  // namespace pysnap

@@ -1,0 +1,39 @@
+// error.h: the one exception type of the C++ half.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace pysnap {
+
+enum class ErrorKind {
+  kInvalid,  // the caller passed something that cannot be
+  kIo,       // the operating system refused; error_number() and path() say what and where
+  kCorrupt,  // stored bytes are not what was written; path() and chunk() say where
+  kClosed,   // the engine is closed, the job was aborted, or this is a forked child
+};
+
+// what() is one sentence that a user can read. Copyable, so that a background failure can be kept and thrown again.
+class Error : public std::runtime_error {
+ public:
+  Error(ErrorKind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}
+
+  // "<doing> <path> failed: <strerror>".
+  static Error io(const std::string& doing, const std::string& path, int error_number);
+  // "<path>, chunk <chunk>: <what>".
+  static Error corrupt(const std::string& path, std::int64_t chunk, const std::string& what);
+
+  ErrorKind kind() const { return kind_; }
+  int error_number() const { return error_number_; }
+  const std::string& path() const { return path_; }
+  std::int64_t chunk() const { return chunk_; }  // -1 where none is concerned
+
+ private:
+  ErrorKind kind_;
+  int error_number_ = 0;
+  std::string path_;
+  std::int64_t chunk_ = -1;
+};
+
+}  // namespace pysnap

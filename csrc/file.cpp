@@ -1,0 +1,138 @@
+#include "file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <utility>
+
+#include "error.h"
+
+namespace pysnap {
+
+namespace {
+
+constexpr int kCreateFlags = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
+
+int open_retrying(const std::string& path, int flags) {
+  int descriptor;
+  do {
+    descriptor = ::open(path.c_str(), flags, 0600);
+  } while (descriptor < 0 && errno == EINTR);
+  return descriptor;
+}
+
+}  // namespace
+
+File File::create(const std::string& path, bool direct) {
+  if (direct) {
+    int descriptor = open_retrying(path, kCreateFlags | O_DIRECT);
+    if (descriptor >= 0) return File(descriptor, path);
+    // EINVAL: no direct I/O here. Some kernels create the file before they find that out.
+    if (errno != EINVAL) throw Error::io("creating", path, errno);
+    ::unlink(path.c_str());
+  }
+  int descriptor = open_retrying(path, kCreateFlags);
+  if (descriptor < 0) throw Error::io("creating", path, errno);
+  return File(descriptor, path);
+}
+
+File File::open(const std::string& path) {
+  // O_NONBLOCK: opening a FIFO that somebody planted must not hang.
+  int descriptor = open_retrying(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
+  if (descriptor < 0) throw Error::io("opening", path, errno);
+  File file(descriptor, path);
+  struct stat status;
+  if (::fstat(descriptor, &status) != 0) throw Error::io("reading the status of", path, errno);
+  if (!S_ISREG(status.st_mode)) throw Error::io("opening", path, EINVAL);
+  return file;
+}
+
+File::File(File&& other) noexcept
+    : descriptor_(std::exchange(other.descriptor_, -1)), path_(std::move(other.path_)) {}
+
+File::~File() {
+  if (descriptor_ >= 0) ::close(descriptor_);
+}
+
+std::uint64_t File::size() const {
+  struct stat status;
+  if (::fstat(descriptor_, &status) != 0) throw Error::io("reading the status of", path_, errno);
+  return static_cast<std::uint64_t>(status.st_size);
+}
+
+void File::reserve(std::uint64_t bytes) {
+  if (bytes == 0) return;
+  int result;
+  do {
+    result = ::fallocate(descriptor_, 0, 0, static_cast<off_t>(bytes));
+  } while (result != 0 && errno == EINTR);
+  if (result == 0) return;
+  if (errno != EOPNOTSUPP && errno != ENOSYS) {
+    throw Error::io("reserving " + std::to_string(bytes) + " bytes for", path_, errno);
+  }
+  struct statvfs status;
+  if (::fstatvfs(descriptor_, &status) != 0) throw Error::io("reading the free space for", path_, errno);
+  if (status.f_bavail * std::uint64_t{status.f_frsize} < bytes) {
+    throw Error::io("reserving " + std::to_string(bytes) + " bytes for", path_, ENOSPC);
+  }
+  truncate(bytes);
+}
+
+void File::write_at(const void* data, std::size_t size, std::uint64_t offset) const {
+  const char* next = static_cast<const char*>(data);
+  while (size > 0) {
+    ssize_t written = ::pwrite(descriptor_, next, size, static_cast<off_t>(offset));
+    if (written < 0) {
+      if (errno == EINTR) continue;
+      if (errno == EINVAL && leave_direct()) continue;
+      throw Error::io("writing", path_, errno);
+    }
+    // A write that takes nothing would be repeated for ever.
+    if (written == 0) throw Error::io("writing", path_, EIO);
+    next += written;
+    offset += static_cast<std::uint64_t>(written);
+    size -= static_cast<std::size_t>(written);
+  }
+}
+
+bool File::leave_direct() const {
+  const int flags = ::fcntl(descriptor_, F_GETFL);
+  return flags >= 0 && (flags & O_DIRECT) != 0 && ::fcntl(descriptor_, F_SETFL, flags & ~O_DIRECT) == 0;
+}
+
+std::size_t File::read_at(void* data, std::size_t size, std::uint64_t offset) const {
+  char* next = static_cast<char*>(data);
+  std::size_t done = 0;
+  while (done < size) {
+    ssize_t count = ::pread(descriptor_, next + done, size - done, static_cast<off_t>(offset + done));
+    if (count < 0) {
+      if (errno == EINTR) continue;
+      throw Error::io("reading", path_, errno);
+    }
+    if (count == 0) break;
+    done += static_cast<std::size_t>(count);
+  }
+  return done;
+}
+
+void File::truncate(std::uint64_t size) {
+  int result;
+  do {
+    result = ::ftruncate(descriptor_, static_cast<off_t>(size));
+  } while (result != 0 && errno == EINTR);
+  if (result != 0) throw Error::io("setting the length of", path_, errno);
+}
+
+void File::sync() {
+  if (::fdatasync(descriptor_) != 0) throw Error::io("syncing", path_, errno);
+}
+
+void File::close() {
+  // Linux releases the descriptor even when close() fails, so it is never closed twice.
+  if (::close(std::exchange(descriptor_, -1)) != 0) throw Error::io("closing", path_, errno);
+}
+
+}  // namespace pysnap

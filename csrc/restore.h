@@ -1,0 +1,47 @@
+// restore.h: the way back: packs -> checked, decoded chunks -> tensors.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device.h"
+#include "engine.h"
+#include "pack.h"
+#include "zstd.h"
+
+namespace pysnap {
+
+struct PackFile {
+  std::string path;
+  std::uint64_t size;  // what the manifest says
+};
+
+// Bytes of the stream and where they go. Targets may overlap in the stream (tied tensors), not in memory.
+struct Target {
+  std::uint64_t offset;
+  std::uint64_t address;
+  std::uint64_t length;
+  DeviceIndex device;
+};
+
+// A chunk that could not be read, and why.
+struct Damage {
+  std::size_t chunk;
+  std::string what;
+};
+
+// Reads the chunks that hold bytes of a target, checks each against its digest, and only then copies its bytes into the targets. `chunks` are in
+// the order of the stream. Uses `threads` threads of its own at the caller's priority and 2 chunks of memory each. Throws the first failure:
+// Error(kCorrupt) with the chunk, Error(kIo), or Error(kInvalid) for a chunk table or targets that cannot be; targets may then be partly written.
+// False if `interrupted` ended it.
+bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks, const std::vector<Target>& targets,
+             unsigned threads, std::shared_ptr<const Zstd> zstd, const Interrupted& interrupted);
+
+// Reads and checks every chunk, and goes on after damage. Throws only what is no damage (threads, memory, the table).
+std::vector<Damage> verify(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks, unsigned threads,
+                           std::shared_ptr<const Zstd> zstd, const Interrupted& interrupted);
+
+}  // namespace pysnap

@@ -1,0 +1,125 @@
+#include "slot_pool.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "error.h"
+#include "file.h"
+#include "thread.h"
+
+namespace pysnap {
+
+namespace {
+
+// Large enough for huge pages and few mappings, small enough that the first slots are ready at once.
+constexpr std::size_t kRegionSize = std::size_t{32} << 20;
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+void touch(std::uint8_t* memory, std::size_t size) {
+#ifdef MADV_POPULATE_WRITE
+  if (::madvise(memory, size, MADV_POPULATE_WRITE) == 0) return;
+#endif
+  for (std::size_t i = 0; i < size; i += kPageSize) static_cast<volatile std::uint8_t*>(memory)[i] = 0;
+}
+
+}  // namespace
+
+Slot::~Slot() {
+  if (pool_ != nullptr) pool_->release(data_);
+}
+
+void SlotPool::Unmap::operator()(std::uint8_t* memory) const { ::munmap(memory, size); }
+
+std::shared_ptr<SlotPool> SlotPool::create(std::size_t slot_size, std::size_t max_slots) {
+  std::shared_ptr<SlotPool> pool(new SlotPool(slot_size, max_slots));
+  // The raw pointer is safe: stop() joins the thread before the pool dies.
+  pool->grower_ = start_thread("pysnap-grow", [raw = pool.get()] { raw->grow(); });
+  return pool;
+}
+
+SlotPool::~SlotPool() { stop(); }
+
+void SlotPool::stop() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+  }
+  changed_.notify_all();
+  if (grower_.joinable()) grower_.join();
+}
+
+void SlotPool::reserve(std::size_t slots) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    wanted_ = std::max(wanted_, std::min(slots, max_slots_));
+  }
+  changed_.notify_all();
+}
+
+void SlotPool::wait_reserved() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [&] { return ready_ >= wanted_ || exhausted_ || stopping_; });
+}
+
+std::optional<Slot> SlotPool::try_acquire() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return pop();
+}
+
+std::optional<Slot> SlotPool::acquire(std::chrono::milliseconds timeout) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (free_.empty() && wanted_ == ready_ && ready_ < max_slots_) {
+    ++wanted_;
+    changed_.notify_all();
+  }
+  changed_.wait_for(lock, timeout, [&] { return !free_.empty() || stopping_ || (exhausted_ && ready_ == 0); });
+  if (exhausted_ && ready_ == 0) throw Error::io("mapping staging memory for", "a slot", ENOMEM);
+  return pop();
+}
+
+std::optional<Slot> SlotPool::pop() {
+  if (free_.empty()) return std::nullopt;
+  std::uint8_t* data = free_.back();
+  free_.pop_back();
+  return Slot(shared_from_this(), data);
+}
+
+void SlotPool::release(std::uint8_t* data) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(data);
+  }
+  changed_.notify_all();
+}
+
+void SlotPool::grow() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    changed_.wait(lock, [&] { return stopping_ || (ready_ < wanted_ && !exhausted_); });
+    if (stopping_) return;
+    const std::size_t slots = std::min(std::max<std::size_t>(1, kRegionSize / slot_size_), max_slots_ - ready_);
+    const std::size_t size = slots * slot_size_;
+    lock.unlock();
+    void* mapped = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    Region region(mapped == MAP_FAILED ? nullptr : static_cast<std::uint8_t*>(mapped), Unmap{size});
+    if (region != nullptr) {
+      if (size >= kHugePage) ::madvise(mapped, size, MADV_HUGEPAGE);
+      ::madvise(mapped, size, MADV_DONTFORK);
+      touch(region.get(), size);
+    }
+    lock.lock();
+    if (region == nullptr) {
+      exhausted_ = true;
+    } else {
+      for (std::size_t i = slots; i > 0; --i) free_.push_back(region.get() + (i - 1) * slot_size_);
+      ready_ += slots;
+      wanted_ = std::max(wanted_, ready_);
+      regions_.push_back(std::move(region));
+    }
+    changed_.notify_all();
+  }
+}
+
+}  // namespace pysnap

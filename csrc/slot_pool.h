@@ -1,0 +1,88 @@
+// slot_pool.h: the staging memory, cut into chunk-sized slots.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace pysnap {
+
+class SlotPool;
+
+// One slot; move-only, goes back to its pool when it dies. Page-aligned.
+class Slot {
+ public:
+  Slot(std::shared_ptr<SlotPool> pool, std::uint8_t* data) : pool_(std::move(pool)), data_(data) {}
+  Slot(Slot&& other) noexcept : pool_(std::move(other.pool_)), data_(other.data_) {}
+  Slot& operator=(Slot&& other) noexcept {
+    std::swap(pool_, other.pool_);
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~Slot();
+
+  std::uint8_t* data() const { return data_; }
+
+ private:
+  std::shared_ptr<SlotPool> pool_;
+  std::uint8_t* data_;
+};
+
+// Bounded: never more than `max_slots`. Memory is mapped and touched by a thread of the pool, ahead of need (reserve) or on demand (acquire),
+// and is given back when the pool dies. It is not inherited by forked children. Thread safe.
+class SlotPool : public std::enable_shared_from_this<SlotPool> {
+ public:
+  static std::shared_ptr<SlotPool> create(std::size_t slot_size, std::size_t max_slots);
+  ~SlotPool();
+
+  std::size_t slot_size() const { return slot_size_; }
+  std::size_t max_slots() const { return max_slots_; }
+
+  // Asks for `slots` to be ready (at most max_slots). Does not wait.
+  void reserve(std::size_t slots);
+  // Blocks until what was asked for is ready or cannot be had.
+  void wait_reserved();
+  // A free slot that is ready, without waiting.
+  std::optional<Slot> try_acquire();
+  // Waits for a slot, at most `timeout`. Throws Error(kIo, ENOMEM) where not one slot could be mapped.
+  std::optional<Slot> acquire(std::chrono::milliseconds timeout);
+  // Ends the growing thread. Called by the owner before the pool's last reference may be dropped by another thread.
+  void stop();
+
+ private:
+  friend class Slot;
+  struct Unmap {
+    std::size_t size;
+    void operator()(std::uint8_t* memory) const;
+  };
+  using Region = std::unique_ptr<std::uint8_t, Unmap>;
+
+  SlotPool(std::size_t slot_size, std::size_t max_slots) : slot_size_(slot_size), max_slots_(max_slots) {}
+  void grow();
+  std::optional<Slot> pop();
+  void release(std::uint8_t* data);
+
+  // Constant after construction.
+  const std::size_t slot_size_;
+  const std::size_t max_slots_;
+  std::thread grower_;
+
+  std::mutex mutex_;
+  // Guarded by mutex_.
+  std::condition_variable changed_;
+  std::vector<Region> regions_;
+  std::vector<std::uint8_t*> free_;
+  std::size_t wanted_ = 0;   // slots asked for so far
+  std::size_t ready_ = 0;    // slots mapped and touched, free or in use
+  bool exhausted_ = false;   // the system gave no more
+  bool stopping_ = false;
+};
+
+}  // namespace pysnap

@@ -1,0 +1,55 @@
+"""pysnap: background snapshots of PyTorch training that resume bit for bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pysnap._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from pysnap.errors import BusyError as BusyError
+    from pysnap.errors import ClosedError as ClosedError
+    from pysnap.errors import ConfigError as ConfigError
+    from pysnap.errors import CorruptError as CorruptError
+    from pysnap.errors import Error as Error
+    from pysnap.errors import FormatError as FormatError
+    from pysnap.errors import MismatchError as MismatchError
+    from pysnap.errors import NotFoundError as NotFoundError
+    from pysnap.errors import StateError as StateError
+    from pysnap.errors import StorageError as StorageError
+    from pysnap.files import load as load
+    from pysnap.files import save as save
+    from pysnap.loader import resumable as resumable
+    from pysnap.retention import Keep as Keep
+    from pysnap.snapshotter import Handle as Handle
+    from pysnap.snapshotter import Progress as Progress
+    from pysnap.snapshotter import SnapshotInfo as SnapshotInfo
+    from pysnap.snapshotter import Snapshotter as Snapshotter
+    from pysnap.snapshotter import Stats as Stats
+
+# Imported on first use, so that the engine, the reader and the command line load without torch.
+_HOME = {
+    **dict.fromkeys(
+        (
+            "BusyError", "ClosedError", "ConfigError", "CorruptError", "Error", "FormatError", "MismatchError", "NotFoundError",
+            "StateError", "StorageError",
+        ),
+        "errors",
+    ),
+    **dict.fromkeys(("load", "save"), "files"),
+    "resumable": "loader",
+    "Keep": "retention",
+    **dict.fromkeys(("Handle", "Progress", "SnapshotInfo", "Snapshotter", "Stats"), "snapshotter"),
+}  # fmt: skip
+
+__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604 - the names are strings
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pysnap' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"pysnap.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

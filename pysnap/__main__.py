@@ -1,0 +1,7 @@
+"""`python -m pysnap`."""
+
+import sys
+
+from pysnap.cli import main
+
+sys.exit(main())

@@ -1,0 +1,72 @@
+"""Types of the C++ engine. It deals in addresses and chunks; layout.py and restore.py give them meaning."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
+EXTENT: np.dtype[np.void]
+"""address (u8), length (u8), device (i4; -1 is the host)"""
+SPAN: np.dtype[np.void]
+"""raw (u4), element (u1)"""
+CHUNK: np.dtype[np.void]
+"""pack, raw, stored (u4), element, encoding (u1), offset, digest_high, digest_low (u8)"""
+TARGET: np.dtype[np.void]
+"""offset, address, length (u8), device (i4)"""
+
+class Job:
+    def capture(self, streams: Sequence[tuple[int, int]] = ...) -> None:
+        """Copy the eager chunks; blocks for the copy. Failures are kept for `wait_written` and `finish`."""
+
+    def gate(self, streams: Sequence[tuple[int, int]] = ...) -> None:
+        """Return when (or make `streams` wait until) every byte has been read."""
+
+    def open_pack(self, path: str) -> None:
+        """Create the pack and reserve its space; from then on chunks are written."""
+
+    def wait_staged(self, timeout: float | None = None) -> bool: ...
+    def wait_written(self, timeout: float | None = None) -> bool:
+        """False after `timeout` seconds; raises the failure of the job."""
+
+    def finish(self) -> tuple[NDArray[np.void], int]:
+        """Make the pack durable; the chunk table and the length of the pack."""
+
+    def abort(self) -> None: ...
+
+class Engine:
+    def __init__(
+        self,
+        *,
+        chunk_size: int,
+        slots: int,
+        workers: int,
+        copy_threads: int,
+        nice: int,
+        direct_io: bool,
+        zstd: Sequence[str],
+    ) -> None: ...
+    def reserve(self, size: int) -> None: ...
+    def wait_reserved(self) -> None: ...
+    def begin(self, extents: NDArray[np.void], spans: NDArray[np.void], eager: int) -> Job: ...
+    def close(self) -> None: ...
+
+def restore(
+    *,
+    packs: Sequence[tuple[str, int]],
+    chunks: NDArray[np.void],
+    targets: NDArray[np.void],
+    threads: int,
+    zstd: Sequence[str],
+) -> None: ...
+def verify(
+    *,
+    packs: Sequence[tuple[str, int]],
+    chunks: NDArray[np.void],
+    threads: int,
+    zstd: Sequence[str],
+) -> list[tuple[int, str]]: ...
+def digest(data: Buffer) -> str: ...
+def has_zstd(names: Sequence[str]) -> bool: ...
+def available_processors() -> int: ...
+def simd_path() -> str: ...

@@ -1,0 +1,51 @@
+"""The errors that pysnap raises; every one derives from `Error`."""
+
+from __future__ import annotations
+
+import os
+
+
+class Error(Exception):
+    """Base class of all errors of pysnap."""
+
+
+class ConfigError(Error, ValueError):
+    """A setting is unknown or malformed; the message names the argument or the environment variable."""
+
+
+class StateError(Error, TypeError):
+    """The state holds something that cannot be stored; the message names its path in the state."""
+
+
+class StorageError(Error, OSError):
+    """The file system refused an operation; `errno` and `filename` say what and where."""
+
+    @classmethod
+    def wrap(cls, error: OSError, doing: str, path: str | os.PathLike[str]) -> StorageError:
+        """The same failure as a `StorageError`: `doing` names the operation, `path` where it was tried."""
+        reason = error.strerror or str(error)
+        return cls(error.errno, f"{doing} failed: {reason}", os.fspath(path))
+
+
+class BusyError(Error):
+    """Another process writes to this repository."""
+
+
+class NotFoundError(Error):
+    """There is no such repository or snapshot."""
+
+
+class FormatError(Error):
+    """The repository or snapshot has a format that this version of pysnap does not read."""
+
+
+class CorruptError(Error):
+    """Stored bytes are damaged; the message names the file and, where known, the tensor."""
+
+
+class MismatchError(Error):
+    """The snapshot does not fit the live objects; the message lists every difference."""
+
+
+class ClosedError(Error):
+    """The object is closed, or belongs to another process (a forked child)."""

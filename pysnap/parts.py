@@ -1,0 +1,162 @@
+"""What a user registers: anything with `state_dict`/`load_state_dict`, or a plain container that is filled in place."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from pysnap import tree
+from pysnap.errors import ConfigError, CorruptError, MismatchError
+from pysnap.layout import Leaf
+from pysnap.loader import as_part as as_loader_part
+from pysnap.manifest import Record
+from pysnap.repository import Snapshot
+from pysnap.restore import allocate, describe, fill
+
+RESERVED = ("progress", "rng")
+"""Names in a snapshot that belong to pysnap."""
+
+_MOST_DIFFERENCES = 20
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """The protocol of torch, torchdata and DCP."""
+
+    def state_dict(self) -> Any:
+        """The state, as nested plain values and tensors."""
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Take over a state that `state_dict` returned."""
+
+
+class _Container:
+    """A plain dict, list, tensor or array as a part: its content is replaced in place."""
+
+    def __init__(self, value: dict[Any, Any] | list[Any] | Leaf) -> None:
+        self._value = value
+
+    def state_dict(self) -> Any:
+        return self._value
+
+    def load_state_dict(self, state: Any, /) -> None:
+        value = self._value
+        if isinstance(value, dict):
+            state = dict(state)
+            value.clear()
+            value.update(state)
+        elif isinstance(value, list):
+            value[:] = list(state)
+        elif isinstance(value, torch.Tensor):
+            with torch.no_grad():
+                value.copy_(state)
+        else:
+            value[...] = state
+
+
+def as_part(name: str, value: object) -> Stateful:
+    """A registered object as a part. Raises ConfigError for what could not be put back."""
+    if name in RESERVED:
+        raise ConfigError(f"{name!r} is a name of pysnap's own; register the object under another keyword")
+    if isinstance(value, Stateful):
+        adapted: Stateful = as_loader_part(value)
+        return adapted
+    if isinstance(value, (dict, list, torch.Tensor, np.ndarray)):
+        return _Container(value)
+    raise ConfigError(
+        f"{name} is a {type(value).__qualname__}, which has no state_dict and load_state_dict and cannot be filled in place; "
+        "register an object that has them, or put the value into a dict"
+    )
+
+
+def load_parts(snapshot: Snapshot, parts: dict[str, Stateful]) -> dict[str, Any]:
+    """Put every part back; returns the rest of the state (`progress`, `rng`).
+
+    Everything is compared before anything is touched: a difference raises MismatchError. Bytes go straight into the live tensors where shape and type
+    agree, and into new tensors otherwise (the state of a fresh optimizer).
+    """
+    saved_tree = snapshot.manifest.tree
+    if not isinstance(saved_tree, dict):
+        raise MismatchError(f"{snapshot.path} holds no registered parts; read it with pysnap.load")
+    live = {name: _leaves_of(part.state_dict()) for name, part in parts.items()}
+    saved = {name: dict(tree.leaves(node)) for name, node in saved_tree.items()}
+    _compare(snapshot, parts, live, saved)
+
+    leaves = _places(snapshot, live, saved)
+    state = tree.decode(saved_tree, leaves.__getitem__)
+    if not isinstance(state, dict):
+        raise CorruptError(f"{snapshot.path} holds no registered parts")
+    fill(snapshot, enumerate(leaves))
+    for name, part in parts.items():
+        part.load_state_dict(state.pop(name))
+    return state
+
+
+def _leaves_of(state: object) -> dict[str, Leaf]:
+    found: list[Leaf] = []
+
+    def put(path: str, leaf: Leaf) -> int:
+        found.append(leaf)
+        return len(found) - 1
+
+    return {path: found[index] for path, index in tree.leaves(tree.encode(state, put))}
+
+
+def _fits(leaf: Leaf, record: Record) -> bool:
+    return describe(leaf) == describe(record)
+
+
+def _places(snapshot: Snapshot, live: dict[str, dict[str, Leaf]], saved: dict[str, dict[str, int]]) -> list[Leaf]:
+    """Where each record goes: the live leaf of its path, else a new one."""
+    leaves = allocate(snapshot)
+    for name, paths in saved.items():
+        for path, index in paths.items():
+            leaf = live.get(name, {}).get(path)
+            if leaf is not None and _fits(leaf, snapshot.manifest.tensors[index]):
+                leaves[index] = leaf
+    return leaves
+
+
+def _compare(
+    snapshot: Snapshot, parts: dict[str, Stateful], live: dict[str, dict[str, Leaf]], saved: dict[str, dict[str, int]]
+) -> None:
+    differences = [(name, "not registered", "present") for name in saved if name not in parts and name not in RESERVED]
+    for name, part in parts.items():
+        if name not in saved:
+            differences.append((name, "registered", "missing"))
+        elif isinstance(part, torch.nn.Module):
+            differences += _compare_tensors(name, live[name], saved[name], snapshot)
+        elif isinstance(part, torch.optim.Optimizer):
+            differences += _compare_groups(name, part, snapshot.manifest.tree[name])
+    if differences:
+        rows = [("what", "live", "snapshot"), *differences[:_MOST_DIFFERENCES]]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        table = "\n".join(f"  {what:<{widths[0]}}  {here:<{widths[1]}}  {there}" for what, here, there in rows)
+        more = len(differences) - _MOST_DIFFERENCES
+        raise MismatchError(
+            f"{snapshot.path} does not fit the live objects; nothing was changed:\n{table}" + (f"\n  and {more} more" if more > 0 else "")
+        )
+
+
+def _compare_tensors(name: str, live: dict[str, Leaf], saved: dict[str, int], snapshot: Snapshot) -> list[tuple[str, str, str]]:
+    differences = []
+    for path in [*live, *(path for path in saved if path not in live)]:
+        leaf = live.get(path)
+        record = snapshot.manifest.tensors[saved[path]] if path in saved else None
+        if describe(leaf) != describe(record):
+            differences.append((tree.join(name, path), describe(leaf), describe(record)))
+    return differences
+
+
+def _compare_groups(name: str, optimizer: torch.optim.Optimizer, node: Any) -> list[tuple[str, str, str]]:
+    here = [len(group["params"]) for group in optimizer.param_groups]
+    try:
+        there = [len(group["params"]) for group in node["param_groups"]]
+    except (KeyError, TypeError):
+        # An optimizer with a state_dict of its own form checks it itself.
+        return []
+    if here == there:
+        return []
+    return [(f"{name}: parameters in each group", str(here), str(there))]

@@ -1,0 +1,222 @@
+"""The directory of one run: which snapshots are in it, how one is added (the commit) and how one is removed.
+
+The commit is `publish`; its statements are the proof of P1 and P2 (docs/format.md section 6).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pysnap import storage
+from pysnap.errors import CorruptError, Error, FormatError, NotFoundError, StorageError
+from pysnap.manifest import FORMAT, Manifest
+
+_HEADER = ".pysnap"
+_LOCK = ".writer"
+_MANIFEST = "manifest.json"
+_LATEST = "latest"
+_PARTIAL = ".partial-"
+_TRASH = ".trash-"
+_SNAPSHOT_NAME = re.compile(r"step-(\d{9,18})(?:\.(\d{1,9}))?", re.ASCII)
+_LARGEST_HEADER = 4096
+_LARGEST_MANIFEST = 2**30
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A committed snapshot: its directory and its manifest."""
+
+    path: Path
+    manifest: Manifest = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> Snapshot:
+        """Read the manifest of a snapshot directory. Raises NotFoundError, CorruptError, FormatError or StorageError."""
+        file = path / _MANIFEST
+        try:
+            data = storage.read_file(file, _LARGEST_MANIFEST)
+        except StorageError as error:
+            if error.errno == 2:
+                raise NotFoundError(f"{path} is no snapshot: it holds no {_MANIFEST}") from None
+            raise
+        return cls(path, Manifest.from_bytes(data, str(file)))
+
+    @property
+    def step(self) -> int:
+        """The step after which it was taken."""
+        return self.manifest.step
+
+    def packs(self) -> list[tuple[str, int]]:
+        """Paths and lengths of the packs, as the engine takes them."""
+        return [(str(self.path / name), size) for name, size in self.manifest.packs]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is in a repository: the readable snapshots, newest first, and what could not be read, with the reason."""
+
+    snapshots: list[Snapshot]
+    damaged: list[tuple[Path, Error]]
+
+
+def is_snapshot(path: Path) -> bool:
+    """Whether a directory is one snapshot (rather than a repository of them)."""
+    return (path / _MANIFEST).exists()
+
+
+def list_snapshots(root: Path) -> Listing:
+    """Everything committed in the repository at `root`. Safe beside a writer; takes no lock.
+
+    Raises NotFoundError where there is no repository and FormatError where it has an unknown format.
+    """
+    _check_header(root)
+    snapshots: list[Snapshot] = []
+    damaged: list[tuple[Path, Error]] = []
+    for name in storage.list_directory(root):
+        if _SNAPSHOT_NAME.fullmatch(name) is None:
+            continue
+        path = root / name
+        try:
+            snapshots.append(Snapshot.open(path))
+        except (CorruptError, FormatError, NotFoundError, StorageError) as error:
+            # The writer may have deleted it since the directory was listed.
+            if path.exists():
+                damaged.append((path, error))
+    snapshots.sort(key=lambda snapshot: snapshot.manifest.sequence, reverse=True)
+    return Listing(snapshots, damaged)
+
+
+def publish(partial: Path, manifest: Manifest, path: Path) -> Snapshot:
+    """The commit: make `partial`, whose packs are durable, the visible and durable snapshot `path`, which must not exist."""
+    # The manifest is written after the packs it names, and the directory's names after the files they name.
+    storage.write_file(partial / _MANIFEST, manifest.to_bytes())
+    storage.sync_directory(partial)
+    # Before the rename there is no snapshot, after it there is a whole one.
+    storage.rename(partial, path)
+    # Only this makes the rename survive a power cut. Until it returns nobody may count on the snapshot.
+    storage.sync_directory(path.parent)
+    return Snapshot(path, manifest)
+
+
+def new_partial(parent: Path) -> Path:
+    """A new directory for the packs of one snapshot that will be published in `parent`."""
+    path = parent / f"{_PARTIAL}{uuid.uuid4().hex}"
+    storage.make_directory(path)
+    return path
+
+
+def discard(partial: Path) -> None:
+    """Remove what a failed snapshot left, as far as that is possible; the next writer removes the rest."""
+    with contextlib.suppress(StorageError):
+        storage.remove_directory(partial)
+
+
+class Repository:
+    """The one writer of a repository. Not thread safe: the committing thread is the only one that uses it after construction."""
+
+    def __init__(self, root: Path) -> None:
+        """Open or create the repository, take the writer lock and remove what dead writers left.
+
+        Raises BusyError, FormatError, or StorageError (an unwritable path, a file where the directory should be).
+        """
+        self.root = root
+        _make_root(root)
+        self._lock = storage.WriterLock(root / _LOCK)
+        try:
+            _make_header(root)
+            _check_header(root)
+            for name in storage.list_directory(root):
+                if name.startswith((_PARTIAL, _TRASH)):
+                    storage.remove_directory(root / name)
+            listing = list_snapshots(root)
+        except BaseException:
+            self.close()
+            raise
+        self._next_sequence = 1 + max((snapshot.manifest.sequence for snapshot in listing.snapshots), default=0)
+
+    def begin(self) -> Path:
+        """A new directory for the packs of one snapshot."""
+        return new_partial(self.root)
+
+    def next_sequence(self) -> int:
+        """The sequence number of the next snapshot."""
+        sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
+        return sequence
+
+    def commit(self, partial: Path, manifest: Manifest) -> Snapshot:
+        """Make `partial`, whose packs are durable, the visible and durable snapshot of its step."""
+        snapshot = publish(partial, manifest, self._free_name(manifest.step))
+        for older in self.list().snapshots:
+            if older.step == manifest.step and older.manifest.sequence < manifest.sequence:
+                self.delete(older.path)
+        with contextlib.suppress(StorageError):
+            storage.replace_link(self.root / _LATEST, snapshot.path.name)
+        return snapshot
+
+    def list(self) -> Listing:
+        """Everything committed."""
+        return list_snapshots(self.root)
+
+    def delete(self, path: Path) -> None:
+        """Remove a snapshot: it disappears at once and whole."""
+        trash = self.root / f"{_TRASH}{uuid.uuid4().hex}"
+        storage.rename(path, trash)
+        storage.sync_directory(self.root)
+        storage.remove_directory(trash)
+
+    def close(self) -> None:
+        """Give the writer lock back; safe to repeat."""
+        self._lock.release()
+
+    def _free_name(self, step: int) -> Path:
+        name = f"step-{step:09d}"
+        taken = [match for match in map(_SNAPSHOT_NAME.fullmatch, storage.list_directory(self.root)) if match and int(match[1]) == step]
+        if not taken:
+            return self.root / name
+        return self.root / f"{name}.{1 + max(int(match[2] or 0) for match in taken)}"
+
+
+def _make_root(root: Path) -> None:
+    if (root / _HEADER).exists():
+        return
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError.wrap(error, f"creating repository {root}", root) from error
+    # Hidden names may be ours: another process may be making the same repository.
+    others = [name for name in storage.list_directory(root) if not name.startswith(".")]
+    if others:
+        raise NotFoundError(f"{root} is no repository and holds other files, such as {others[0]}; choose a new or empty directory")
+
+
+def _make_header(root: Path) -> None:
+    if (root / _HEADER).exists():
+        return
+    header = json.dumps({"pysnap": "repository", "format": FORMAT, "id": uuid.uuid4().hex}).encode()
+    temporary = root / f".{uuid.uuid4().hex}.tmp"
+    storage.write_file(temporary, header)
+    storage.rename(temporary, root / _HEADER)
+    storage.sync_directory(root)
+    storage.sync_directory(root.resolve().parent)
+
+
+def _check_header(root: Path) -> None:
+    file = root / _HEADER
+    try:
+        data = storage.read_file(file, _LARGEST_HEADER)
+    except StorageError as error:
+        if error.errno in (2, 20):
+            raise NotFoundError(f"{root} is no repository: it holds no {_HEADER}") from None
+        raise
+    try:
+        header = json.loads(data)
+        format_number = header["format"] if header["pysnap"] == "repository" else None
+    except (ValueError, KeyError, TypeError):
+        raise CorruptError(f"{file} is damaged; restore it from another repository of the same format") from None
+    if format_number != FORMAT:
+        raise FormatError(f"{root} has format {format_number!r}, this version of pysnap reads format {FORMAT}; use a newer pysnap")

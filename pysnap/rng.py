@@ -1,0 +1,61 @@
+"""Random states of Python, NumPy, torch and every CUDA device, as plain values of the tree."""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from pysnap.errors import CorruptError
+
+_log = logging.getLogger("pysnap")
+
+
+def capture() -> dict[str, Any]:
+    """The state of every generator that code uses without naming one."""
+    version, words, gauss = random.getstate()
+    # 625 words as bytes: a list of them would be the largest thing in a manifest.
+    python = {"version": version, "words": np.array(words, dtype="<u4").tobytes(), "gauss": gauss}
+    state = np.random.get_state(legacy=False)
+    assert isinstance(state, dict)
+    inner = {key: value.tobytes() if isinstance(value, np.ndarray) else value for key, value in state["state"].items()}
+    # A CUDA context is not made for this: without one, no program has drawn from it.
+    cuda = [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else []
+    return {
+        "python": python,
+        "numpy": {**state, "state": inner},
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "cuda": cuda,
+    }
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Put back what `capture` returned; the last step of a resume, for others may draw. Raises CorruptError for anything else.
+
+    States of CUDA devices that this machine does not have are named in a warning.
+    """
+    try:
+        python, numpy, cuda = state["python"], state["numpy"], state["cuda"]
+        words = tuple(np.frombuffer(python["words"], dtype="<u4").tolist())
+        inner = {
+            key: np.frombuffer(value, dtype=np.uint32) if isinstance(value, bytes) else value for key, value in numpy["state"].items()
+        }
+        random.setstate((python["version"], words, python["gauss"]))
+        np.random.set_state({**numpy, "state": inner})
+        torch.set_rng_state(_tensor(state["torch"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CorruptError(f"the random states of the snapshot are not valid: {error}") from error
+    present = torch.cuda.device_count() if cuda else 0
+    for index, device_state in enumerate(cuda):
+        if index < present:
+            torch.cuda.set_rng_state(_tensor(device_state), index)
+    if len(cuda) > present:
+        missing = ", ".join(f"cuda:{index}" for index in range(present, len(cuda)))
+        _log.warning("the snapshot holds the random state of %s, which this machine does not have; it is not restored", missing)
+
+
+def _tensor(state: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)

@@ -1,0 +1,138 @@
+"""The only door of the Python half to the file system: each call is one durable step of design section 6.
+
+Failures are StorageErrors that name the operation and the path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from pysnap.errors import BusyError, StorageError
+
+
+@contextlib.contextmanager
+def _told(doing: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError.wrap(error, f"{doing} {path}", path) from error
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory (0700) that must not exist."""
+    with _told("creating directory", path):
+        os.mkdir(path, 0o700)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Create a file that must not exist (0600), whole and durable. A failure is final: the file is not tried again."""
+    with _told("writing", path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            left = memoryview(data)
+            while left:
+                written = os.write(descriptor, left)
+                if written == 0:
+                    raise OSError(5, "the file takes no more bytes")
+                left = left[written:]
+            os.fsync(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """Content of a regular file of at most `limit` bytes. Links, FIFOs and devices are refused."""
+    with _told("reading", path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(22, "it is not a regular file")
+            if status.st_size > limit:
+                raise OSError(27, f"it has {status.st_size} bytes, more than {limit}")
+            return file.read(limit + 1)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    with _told("syncing directory", path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or directory; `target` must not exist (the caller holds the writer lock)."""
+    with _told(f"renaming {source.name} to", target):
+        if os.path.lexists(target):
+            raise FileExistsError(17, "it exists")
+        os.rename(source, target)
+
+
+def replace_link(path: Path, target: str) -> None:
+    """Point a symbolic link at `target`, replacing the link that is there."""
+    with _told("linking", path):
+        temporary = path.with_name(f".{path.name}-{os.getpid()}")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        os.symlink(target, temporary)
+        os.replace(temporary, path)
+
+
+def list_directory(path: Path) -> list[str]:
+    """Names in a directory, sorted."""
+    with _told("listing", path):
+        return sorted(os.listdir(path))
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory of plain files; links are removed, never followed. What holds a directory is refused."""
+    with _told("removing", path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for name in os.listdir(descriptor):
+                os.unlink(name, dir_fd=descriptor)
+        finally:
+            os.close(descriptor)
+        os.rmdir(path)
+
+
+class WriterLock:
+    """`flock` on a file, held until `release()`, the end of the process, or (in a forked child) the fork."""
+
+    def __init__(self, path: Path) -> None:
+        """Take the lock; BusyError names the process that holds it."""
+        self._path = path
+        with _told("opening", path):
+            self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._descriptor, 200, 0).decode("utf-8", "replace").strip()
+            self.release()
+            raise BusyError(
+                f"{path.parent} is in use by another writer ({holder or 'unknown'}); end it or use another repository"
+            ) from None
+        except OSError as error:
+            self.release()
+            raise StorageError.wrap(error, f"locking {path}", path) from error
+        with _told("writing", path):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        # A forked worker shares the lock and would keep it when this process is killed.
+        os.register_at_fork(after_in_child=self.release)
+
+    def release(self) -> None:
+        """Give the lock back; safe to repeat."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)

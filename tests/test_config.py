@@ -1,0 +1,67 @@
+"""Settings: their order, their parsing, and the README's table of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pysnap.cadence import Cadence
+from pysnap.config import SETTINGS, Config, parse_size
+from pysnap.errors import ConfigError
+
+
+def test_default_environment_argument() -> None:
+    assert Config.resolve({}).nice == 10
+    assert Config.resolve({"PYSNAP_NICE": "5"}).nice == 5
+    assert Config.resolve({"PYSNAP_NICE": "5"}, nice=7).nice == 7
+
+
+def test_the_cadence_of_the_environment_wins() -> None:
+    config = Config.resolve({"PYSNAP_EVERY": "10m"}, every="200")
+    assert config.every == "10m" and config.sources["every"] == "PYSNAP_EVERY"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4096", 4096), ("2KiB", 2048), ("1.5 GB", 1_500_000_000), ("1tib", 2**40), ("7b", 7)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "5 apples", "1e9", "0x10", "GiB"])
+def test_sizes_that_do_not_parse(text: str) -> None:
+    with pytest.raises(ConfigError, match="PYSNAP_HOST_MEMORY"):
+        Config.resolve({"PYSNAP_HOST_MEMORY": text})
+
+
+@pytest.mark.parametrize(
+    ("rule", "cadence"),
+    [
+        ("500", Cadence(steps=500)),
+        (200, Cadence(steps=200)),
+        ("1 step", Cadence(steps=1)),
+        ("30s", Cadence(seconds=30)),
+        ("10m", Cadence(seconds=600)),
+        ("2h", Cadence(seconds=7200)),
+        ("2 epochs", Cadence(epochs=2)),
+        ("100 steps, 5m", Cadence(steps=100, seconds=300)),
+        ("off", Cadence()),
+        (None, Cadence()),
+    ],
+)
+def test_cadences(rule: str | int | None, cadence: Cadence) -> None:
+    assert Cadence.parse(rule, "every") == cadence
+
+
+@pytest.mark.parametrize("rule", ["", "0", "-5", "10 minutes", "1.5h", "off, 5m", "5,6", "5 steps 6", "sometimes"])
+def test_cadences_that_do_not_parse(rule: str) -> None:
+    with pytest.raises(ConfigError, match="PYSNAP_EVERY"):
+        Cadence.parse(rule, "PYSNAP_EVERY")
+
+
+def test_the_table_in_the_readme_is_the_one_in_the_code() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = re.findall(r"^\| `(PYSNAP_\w+)` \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    assert rows == [(setting.variable, setting.shown_default, setting.meaning) for setting in SETTINGS]

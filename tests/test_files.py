@@ -1,0 +1,197 @@
+"""pysnap.save and pysnap.load: what goes in comes out, by the engine and by the independent reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pysnap
+from pysnap import reader
+from pysnap.layout import TORCH_ELEMENTS
+from support import assert_same, bits, flip
+
+ALL_DTYPES = [getattr(torch, name) for name in TORCH_ELEMENTS if hasattr(torch, name)]
+
+
+def random_tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Random bits as a tensor: every value of the type occurs, nan payloads too."""
+    count = int(np.prod(shape))
+    raw = torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    return (raw % 2).bool().reshape(shape) if dtype is torch.bool else raw.view(dtype).reshape(shape)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = random_tensor(dtype, 7, 33)
+    loaded = pysnap.load(pysnap.save(tmp_path / "s", {"x": tensor}))["x"]
+    assert loaded.dtype == dtype and loaded.shape == (7, 33)
+    assert bits(loaded) == bits(tensor)
+    assert reader.read_snapshot(tmp_path / "s").tensors()["x"].tobytes() == bits(tensor)
+
+
+@pytest.mark.parametrize("codec", ["planes", "none"])
+def test_the_independent_reader_sees_the_same_values(tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYSNAP_CODEC", codec)
+    monkeypatch.setenv("PYSNAP_CHUNK_SIZE", "64KiB")
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "weights": torch.randn(300, 200, generator=generator),
+        "half": torch.randn(100_000, generator=generator).bfloat16(),
+        "rows": torch.zeros(5000, 16).index_fill_(0, torch.arange(0, 5000, 7), 1.5),
+        "tokens": torch.randint(0, 50_000, (40_000,), generator=generator),
+        "constant": torch.full((30_000,), 3, dtype=torch.int16),
+        "noise": random_tensor(torch.uint8, 70_000),
+        "array": np.linspace(0, 1, 9999),
+    }
+    path = pysnap.save(tmp_path / "s", state)
+    assert_same(pysnap.load(path), state)
+    assert reader.verify(path) == []
+    read = reader.read_snapshot(path).tensors()
+    for name, value in state.items():
+        expected = value.tobytes() if isinstance(value, np.ndarray) else bits(value)
+        assert read[name].tobytes() == expected, name
+    chunks = reader.read_snapshot(path).manifest["chunks"]
+    encodings = {row[5] for row in chunks}
+    assert encodings == ({"raw"} if codec == "none" else {"raw", "planes"})
+    assert all(row[1] % 4096 == 0 and row[2] <= row[3] for row in chunks)
+
+
+def test_tied_weights_are_stored_once_and_tied_again(tmp_path: Path) -> None:
+    embedding = torch.nn.Embedding(1000, 64)
+    head = torch.nn.Linear(64, 1000, bias=False)
+    head.weight = embedding.weight
+    state = torch.nn.ModuleDict({"embedding": embedding, "head": head}).state_dict()
+    path = pysnap.save(tmp_path / "s", state)
+    assert reader.read_snapshot(path).manifest["stream"] == 1000 * 64 * 4
+    loaded = pysnap.load(path)
+    assert loaded["embedding.weight"].data_ptr() == loaded["head.weight"].data_ptr()
+    loaded["embedding.weight"][0, 0] = 42.0
+    assert loaded["head.weight"][0, 0] == 42.0
+
+
+def test_views_of_one_tensor_are_views_again(tmp_path: Path) -> None:
+    base = torch.arange(100, dtype=torch.float32)
+    loaded = pysnap.load(pysnap.save(tmp_path / "s", {"head": base[:60], "tail": base[40:], "all": base}))
+    assert_same(loaded, {"head": base[:60], "tail": base[40:], "all": base})
+    loaded["all"][50] = -1
+    assert loaded["head"][50] == -1 and loaded["tail"][10] == -1
+
+
+def test_separate_tensors_do_not_share_memory_after_load(tmp_path: Path) -> None:
+    loaded = pysnap.load(pysnap.save(tmp_path / "s", [torch.zeros(4), torch.zeros(4)]))
+    assert loaded[0].untyped_storage().data_ptr() != loaded[1].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(24.0).reshape(4, 6).t(),
+        torch.arange(24.0).reshape(4, 6)[:, ::2],
+        torch.arange(48.0).reshape(2, 3, 4, 2).contiguous(memory_format=torch.channels_last),
+        torch.tensor(3.0).expand(5, 2),
+        torch.arange(4.0)[1:3],
+        torch.zeros(0, 5),
+        torch.tensor(7),
+        torch.complex(torch.ones(3), torch.arange(3.0)).conj(),
+        torch.complex(torch.ones(3), torch.arange(3.0)).conj().imag,
+    ],
+    ids=["transposed", "gaps", "channels-last", "expanded", "slice", "empty", "scalar", "conjugate", "negative"],
+)
+def test_tensors_of_any_layout(tmp_path: Path, tensor: torch.Tensor) -> None:
+    loaded = pysnap.load(pysnap.save(tmp_path / "s", tensor))
+    assert_same(loaded, tensor.resolve_conj().resolve_neg())
+
+
+def test_strides_of_a_dense_tensor_are_kept(tmp_path: Path) -> None:
+    tensor = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    assert pysnap.load(pysnap.save(tmp_path / "s", tensor)).stride() == tensor.stride()
+
+
+def test_optimizer_state_with_integer_keys(tmp_path: Path) -> None:
+    model = torch.nn.Linear(5, 5)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 5)).sum().backward()
+    optimizer.step()
+    assert_same(pysnap.load(pysnap.save(tmp_path / "s", optimizer.state_dict())), optimizer.state_dict())
+
+
+def test_a_state_larger_than_the_staging_memory_streams_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYSNAP_CHUNK_SIZE", "4KiB")
+    monkeypatch.setenv("PYSNAP_HOST_MEMORY", "8KiB")
+    state = {"x": torch.randn(50_000)}
+    assert_same(pysnap.load(pysnap.save(tmp_path / "s", state)), state)
+
+
+def test_an_unsupported_object_is_named_by_its_path_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(pysnap.StateError, match="model/hook"):
+        pysnap.save(tmp_path / "s", {"model": {"hook": lambda: None}})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch], ids=["directory", "file"])
+def test_save_overwrites_nothing(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "s")
+    with pytest.raises(pysnap.StorageError, match="exists"):
+        pysnap.save(tmp_path / "s", {})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+
+def test_save_into_a_missing_directory_names_it(tmp_path: Path) -> None:
+    with pytest.raises(pysnap.StorageError, match="missing"):
+        pysnap.save(tmp_path / "missing" / "s", {})
+
+
+def test_a_flipped_bit_is_named_by_file_and_tensor(tmp_path: Path) -> None:
+    path = pysnap.save(tmp_path / "s", {"first": torch.randn(10), "second": torch.arange(10)})
+    flip(path / "0.pack", 4096 + 5)
+    with pytest.raises(pysnap.CorruptError, match=r"0\.pack.*first"):
+        pysnap.load(path)
+
+
+def test_every_flipped_byte_of_a_manifest_is_found(tmp_path: Path) -> None:
+    path = pysnap.save(tmp_path / "s", {"x": torch.arange(3)})
+    manifest = path / "manifest.json"
+    for offset in range(manifest.stat().st_size):
+        flip(manifest, offset, bit=offset % 8)
+        with pytest.raises((pysnap.CorruptError, pysnap.FormatError)):
+            pysnap.load(path)
+        flip(manifest, offset, bit=offset % 8)
+    assert_same(pysnap.load(path), {"x": torch.arange(3)})
+
+
+def test_every_flipped_byte_of_a_pack_is_found(tmp_path: Path) -> None:
+    path = pysnap.save(tmp_path / "s", {"x": torch.arange(300), "y": torch.randn(20)})
+    pack = path / "0.pack"
+    for offset in range(pack.stat().st_size):
+        flip(pack, offset, bit=offset % 8)
+        with pytest.raises(pysnap.CorruptError):
+            pysnap.load(path)
+        flip(pack, offset, bit=offset % 8)
+    assert_same(pysnap.load(path)["x"], torch.arange(300))
+
+
+@pytest.mark.parametrize("keep", [0, 1, 4095, 4096, -1])
+def test_a_truncated_pack_is_found(tmp_path: Path, keep: int) -> None:
+    path = pysnap.save(tmp_path / "s", {"x": torch.randn(5000)})
+    data = (path / "0.pack").read_bytes()
+    (path / "0.pack").write_bytes(data[:keep])
+    with pytest.raises(pysnap.CorruptError, match=r"0\.pack"):
+        pysnap.load(path)
+
+
+def test_a_missing_pack_is_named(tmp_path: Path) -> None:
+    path = pysnap.save(tmp_path / "s", {"x": torch.randn(5000)})
+    (path / "0.pack").unlink()
+    with pytest.raises(pysnap.StorageError, match=r"0\.pack"):
+        pysnap.load(path)
+
+
+def test_load_of_what_is_no_snapshot(tmp_path: Path) -> None:
+    with pytest.raises(pysnap.NotFoundError, match=str(tmp_path)):
+        pysnap.load(tmp_path)
+    with pytest.raises(pysnap.NotFoundError):
+        pysnap.load(tmp_path / "missing")

@@ -1,0 +1,466 @@
+"""The Snapshotter as a service: cadence, handles, failures, exit, fork, signals."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import pysnap
+from pysnap import repository, storage
+from support import Run, assert_same
+
+
+def steps_on_disk(path: Path) -> list[int]:
+    return sorted(snapshot.step for snapshot in repository.list_snapshots(path).snapshots)
+
+
+def run_python(code: str, path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        cwd=path.parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+# Cadence and retention
+
+
+def test_every_n_steps_and_the_last_three_are_kept(tmp_path: Path) -> None:
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, every="2 steps") as snapshotter:
+        for _ in range(12):
+            with snapshotter.step():
+                pass
+            snapshotter._wait_idle()
+    assert steps_on_disk(tmp_path) == [8, 10, 12]
+    assert snapshotter.stats().durable == 6
+
+
+def test_the_environment_changes_the_cadence_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("PYSNAP_EVERY", "3")
+    caplog.set_level(logging.INFO, "pysnap")
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, every="1 step") as snapshotter:
+        for _ in range(4):
+            with snapshotter.step():
+                pass
+    assert steps_on_disk(tmp_path) == [3]
+    assert "PYSNAP_EVERY" in caplog.records[0].message and "3 steps" in caplog.records[0].message
+
+
+def test_off_takes_nothing_but_save_does(tmp_path: Path) -> None:
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, every="off") as snapshotter:
+        with snapshotter.step():
+            pass
+        assert steps_on_disk(tmp_path) == []
+        snapshotter.save().wait()
+    assert steps_on_disk(tmp_path) == [1]
+
+
+def test_a_due_snapshot_while_one_is_in_flight_is_taken_late_and_counted(tmp_path: Path) -> None:
+    release = threading.Event()
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, every=1, keep=pysnap.Keep(last=None)) as snapshotter:
+        original = snapshotter._write
+
+        def slow(*arguments: object) -> object:
+            release.wait()
+            return original(*arguments)  # type: ignore[arg-type]  # the arguments are passed through
+
+        snapshotter._write = slow  # type: ignore[method-assign,assignment]  # a slow disk
+        for _ in range(3):
+            with snapshotter.step():
+                pass
+        release.set()
+        snapshotter._in_flight._done.wait()
+        with snapshotter.step():
+            pass
+    assert steps_on_disk(tmp_path) == [1, 4]
+    assert snapshotter.stats().late == 1
+
+
+def test_an_exception_in_a_step_takes_no_snapshot(tmp_path: Path) -> None:
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, every=1) as snapshotter:
+        with pytest.raises(ValueError, match="mine"), snapshotter.step():
+            raise ValueError("mine")
+        assert snapshotter.progress.step == 0
+    assert steps_on_disk(tmp_path) == []
+
+
+# One moment
+
+
+def test_what_training_writes_after_the_step_is_not_in_the_snapshot(tmp_path: Path) -> None:
+    values = {"x": torch.zeros(2_000_000)}
+    with pysnap.Snapshotter(tmp_path, values=values) as snapshotter:
+        for value in range(1, 6):
+            values["x"].fill_(value)
+            handle = snapshotter.save()
+            values["x"].fill_(-1)
+            handle.wait()
+            assert (pysnap.load(tmp_path)["values"]["x"] == value).all()
+
+
+def test_staging_smaller_than_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYSNAP_CHUNK_SIZE", "16KiB")
+    values = {"x": torch.randn(300_000)}
+    with pysnap.Snapshotter(tmp_path, values=values, host_memory="64KiB") as snapshotter:
+        handle = snapshotter.save()
+        expected = values["x"].clone()
+        values["x"].zero_()
+        handle.wait()
+    assert_same(pysnap.load(tmp_path)["values"]["x"], expected)
+
+
+# Handles and callbacks
+
+
+def test_a_handle_tells_the_way_of_a_snapshot(tmp_path: Path) -> None:
+    told: list[pysnap.SnapshotInfo] = []
+    with pysnap.Snapshotter(tmp_path, values={"x": torch.randn(1000)}, on_durable=told.append) as snapshotter:
+        handle = snapshotter.save()
+        assert handle.wait_staged()
+        info = handle.wait()
+        assert handle.done() and info.path.is_dir() and info.step == 0
+        assert 0 <= info.stall_seconds <= info.durable_seconds
+        assert info.raw_bytes == 4000 and 0 < info.stored_bytes <= 4000
+    assert told == [info] and snapshotter.stats().last == info
+
+
+def test_a_callback_that_fails_does_not_fail_the_snapshot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(_: pysnap.SnapshotInfo) -> None:
+        raise RuntimeError("mine")
+
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, on_durable=broken) as snapshotter:
+        snapshotter.save().wait()
+    assert "on_durable failed" in caplog.text and snapshotter.stats().failed == 0
+
+
+# Failures
+
+
+def test_a_background_failure_names_errno_path_and_step_and_the_next_one_works(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    repository_path = tmp_path / "run"
+    snapshotter = pysnap.Snapshotter(repository_path, values={"x": torch.randn(5000)}, every=1)
+    resource_limit(4096)
+    try:
+        with snapshotter.step():
+            pass
+        snapshotter._in_flight._done.wait()
+    finally:
+        resource_limit(None)
+    assert "step 1 failed" in caplog.text and "0.pack" in caplog.text and os.strerror(errno.EFBIG) in caplog.text
+    assert snapshotter.stats().failed == 1
+    with snapshotter.step():
+        pass
+    snapshotter.close()
+    assert steps_on_disk(repository_path) == [2]
+    assert not list(repository_path.glob(".partial-*"))
+
+
+def resource_limit(size: int | None) -> None:
+    """Let no file grow past `size`: a full disk without a disk."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
+
+
+def fail_writes(snapshotter: pysnap.Snapshotter) -> None:
+    def broken(*_: object) -> None:
+        raise pysnap.StorageError(errno.EIO, "writing failed", "0.pack")
+
+    snapshotter._stager.begin = lambda state: FailingCapture()  # type: ignore[method-assign,assignment,return-value]  # a broken disk
+
+
+class FailingCapture:
+    """A capture whose disk is broken."""
+
+    size = 0
+
+    def copy(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def write(self, *_: object, **__: object) -> None:
+        raise pysnap.StorageError(errno.EIO, "writing failed", "0.pack")
+
+
+def test_close_raises_if_the_newest_snapshot_failed(tmp_path: Path) -> None:
+    snapshotter = pysnap.Snapshotter(tmp_path, values={"a": 1}, every=1)
+    fail_writes(snapshotter)
+    with snapshotter.step():
+        pass
+    with pytest.raises(pysnap.StorageError, match="writing failed"):
+        snapshotter.close()
+    snapshotter.close()
+
+
+def test_on_error_raise_tells_at_the_next_step_once(tmp_path: Path) -> None:
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, every="5 steps", on_error="raise") as snapshotter:
+        begin = snapshotter._stager.begin
+        fail_writes(snapshotter)
+        for _ in range(5):
+            with snapshotter.step():
+                pass
+        snapshotter._in_flight._done.wait()
+        snapshotter._stager.begin = begin  # type: ignore[method-assign]  # the disk works again
+        with pytest.raises(pysnap.StorageError, match="writing failed"), snapshotter.step():
+            pass
+        for _ in range(4):
+            with snapshotter.step():
+                pass
+    assert steps_on_disk(tmp_path) == [10]
+
+
+def test_a_failure_does_not_hide_the_programs_own_exception(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="mine"), pysnap.Snapshotter(tmp_path, values={"a": 1}, every=1) as snapshotter:
+        fail_writes(snapshotter)
+        with snapshotter.step():
+            pass
+        raise KeyError("mine")
+
+
+FULL_DISK = """
+import logging, os, subprocess, sys
+import torch, pysnap
+logging.basicConfig()
+os.mkdir("disk")
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", "disk"], check=True)
+values = {"x": torch.randn(200_000), "y": torch.zeros(10)}
+with pysnap.Snapshotter("disk/run", values=values, every=1) as snapshotter:
+    with snapshotter.step():
+        values["y"] += 1
+    snapshotter._wait_idle()
+    filler = open("disk/filler", "wb")
+    try:
+        filler.write(bytes(8_000_000))
+        filler.close()
+    except OSError:
+        pass
+    with snapshotter.step():
+        values["y"] += 1
+    snapshotter._wait_idle()
+    print(snapshotter.stats().durable, snapshotter.stats().failed, sorted(os.listdir("disk/run")))
+    os.unlink("disk/filler")
+    with snapshotter.step():
+        values["y"] += 1
+print(pysnap.load("disk/run")["values"]["y"][0].item())
+"""
+
+
+def test_a_full_disk_fails_one_snapshot_loses_none_and_the_next_works(tmp_path: Path) -> None:
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine allows no user namespaces, so no small file system can be mounted")
+    done = subprocess.run(
+        [*namespace, sys.executable, "-c", FULL_DISK], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    counts, value = done.stdout.splitlines()
+    assert counts == "1 1 ['.pysnap', '.writer', 'latest', 'step-000000001']"
+    assert value == "3.0"
+    assert "No space left" in done.stderr and "step 2 failed" in done.stderr
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"every": "often"}, "often"),
+        ({"every": "0"}, "every"),
+        ({"host_memory": "lots"}, "host_memory"),
+        ({"codec": "gzip"}, "codec"),
+        ({"model": 5}, "model"),
+        ({"rng": {}}, "rng"),
+    ],
+)
+def test_bad_arguments_are_refused_at_the_door(tmp_path: Path, settings: dict[str, object], words: str) -> None:
+    with pytest.raises(pysnap.ConfigError, match=words):
+        pysnap.Snapshotter(tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("variable", ["PYSNAP_EVERY", "PYSNAP_HOST_MEMORY", "PYSNAP_WORKERS", "PYSNAP_NICE", "PYSNAP_DIRECT_IO", "PYSNAP_EVRY"])
+def test_bad_environment_variables_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "nonsense")
+    with pytest.raises(pysnap.ConfigError, match=variable):
+        pysnap.Snapshotter(tmp_path / "run", values={"a": 1})
+
+
+def test_a_file_where_the_repository_should_be(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(pysnap.StorageError, match="run"):
+        pysnap.Snapshotter(tmp_path / "run", values={"a": 1})
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_directory_with_other_files_is_not_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(pysnap.NotFoundError, match=r"thesis\.tex"):
+        pysnap.Snapshotter(tmp_path, values={"a": 1})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_unwritable_path(tmp_path: Path) -> None:
+    with pytest.raises(pysnap.StorageError, match="/proc/nowhere"):
+        pysnap.Snapshotter("/proc/nowhere/run", values={"a": 1})
+
+
+def test_a_repository_of_a_newer_format_is_refused(tmp_path: Path) -> None:
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        snapshotter.save().wait()
+    (tmp_path / ".pysnap").write_text('{"pysnap": "repository", "format": 2, "id": "x"}')
+    with pytest.raises(pysnap.FormatError, match="format 2"):
+        pysnap.Snapshotter(tmp_path, values={"a": 1})
+    with pytest.raises(pysnap.FormatError, match="format 2"):
+        pysnap.load(tmp_path)
+
+
+def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
+    with (
+        pysnap.Snapshotter(tmp_path, values={"a": 1}),
+        pytest.raises(pysnap.BusyError, match=f"process {os.getpid()}"),
+    ):
+        pysnap.Snapshotter(tmp_path, values={"a": 1})
+    pysnap.Snapshotter(tmp_path, values={"a": 1}).close()
+
+
+def test_an_object_that_cannot_be_stored_is_refused_at_the_door(tmp_path: Path) -> None:
+    with pytest.raises(pysnap.StateError, match="hook"):
+        pysnap.Snapshotter(tmp_path / "run", values={"hook": print})
+
+
+# Processes
+
+TRAIN = """
+import os, sys, signal, torch, pysnap
+values = {"x": torch.arange(3_000_000)}
+snapshotter = pysnap.Snapshotter(sys.argv[1], values=values, every=1)
+with snapshotter.step():
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [
+        ("", 0),
+        ("sys.exit(3)", 3),
+        ("raise RuntimeError('mine')", 1),
+        ("signal.raise_signal(signal.SIGINT)", -signal.SIGINT),
+        ("del snapshotter", 0),
+        ("snapshotter.close()", 0),
+    ],
+    ids=["end", "sys.exit", "exception", "ctrl-c", "del", "close"],
+)
+def test_a_snapshot_in_flight_is_durable_however_the_interpreter_ends(tmp_path: Path, ending: str, status: int) -> None:
+    done = run_python(TRAIN + ending, tmp_path / "run")
+    assert done.returncode == status, done.stderr
+    assert steps_on_disk(tmp_path / "run") == [1]
+    assert_same(pysnap.load(tmp_path / "run")["values"]["x"], torch.arange(3_000_000))
+
+
+def test_ctrl_c_ends_a_capture_that_waits_for_a_stuck_disk(tmp_path: Path) -> None:
+    code = """
+import os, sys, signal, threading, torch, pysnap
+values = {"x": torch.arange(100_000)}
+snapshotter = pysnap.Snapshotter(sys.argv[1], values=values)
+stuck = threading.Event()
+begin = snapshotter._repository.begin
+def wait():
+    threading.Timer(0, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    stuck.wait()
+    return begin()
+snapshotter._repository.begin = wait
+try:
+    snapshotter.save()
+except KeyboardInterrupt:
+    stuck.set()
+    print("interrupted")
+"""
+    done = run_python(code, tmp_path / "run", PYSNAP_CHUNK_SIZE="4KiB", PYSNAP_HOST_MEMORY="8KiB")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "interrupted\n"
+    assert steps_on_disk(tmp_path / "run") == []
+
+
+def test_a_forked_child_is_inert(tmp_path: Path) -> None:
+    code = """
+import os, sys, torch, pysnap
+values = {"x": torch.arange(3_000_000)}
+snapshotter = pysnap.Snapshotter(sys.argv[1], values=values, every=1)
+with snapshotter.step():
+    pass
+child = os.fork()
+if child == 0:
+    for call in (snapshotter.save, snapshotter.close, snapshotter.resume):
+        try:
+            call()
+        except pysnap.ClosedError:
+            os.write(1, b"refused\\n")
+    del snapshotter
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+snapshotter.close()
+"""
+    done = run_python(code, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "refused\n" * 3
+    assert steps_on_disk(tmp_path / "run") == [1]
+
+
+def test_a_worker_that_outlives_a_killed_trainer_does_not_keep_the_lock(tmp_path: Path) -> None:
+    code = """
+import os, sys, signal, pysnap
+snapshotter = pysnap.Snapshotter(sys.argv[1], values={"a": 1})
+read, write = os.pipe()
+if os.fork() == 0:
+    os.write(1, b"%d\\n" % os.getpid())
+    os.close(1)
+    os.close(2)
+    signal.pause()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = run_python(code, tmp_path / "run")
+    worker = int(done.stdout)
+    try:
+        pysnap.Snapshotter(tmp_path / "run", values={"a": 1}).close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_workers_of_a_data_loader_do_not_disturb(tmp_path: Path) -> None:
+    run = Run()
+    workers = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(40)), batch_size=4, num_workers=2)
+    with pysnap.Snapshotter(tmp_path, **run.parts, every=1) as snapshotter:
+        for _ in workers:
+            with snapshotter.step():
+                pass
+    assert steps_on_disk(tmp_path)[-1] == 10
+
+
+# Leftovers
+
+
+def test_leftovers_of_a_killed_writer_are_invisible_and_collected(tmp_path: Path) -> None:
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        snapshotter.save().wait()
+    for name in (".partial-dead", ".trash-dead"):
+        storage.make_directory(tmp_path / name)
+        (tmp_path / name / "0.pack").write_bytes(b"x")
+    assert pysnap.load(tmp_path)["values"] == {"a": 1}
+    pysnap.Snapshotter(tmp_path, values={"a": 1}).close()
+    assert not list(tmp_path.glob(".partial-*")) and not list(tmp_path.glob(".trash-*"))
