@@ -129,6 +129,18 @@ std::shared_ptr<const Zstd> open_zstd(const std::vector<std::string>& names) {
   return names.empty() ? nullptr : Zstd::open(names);
 }
 
+// A job that Python forgets (an exception between two bytecodes) must not stay in flight for ever.
+std::shared_ptr<Job> aborted_when_dropped(std::shared_ptr<Job> job) {
+  Job* pointer = job.get();
+  return std::shared_ptr<Job>(pointer, [job = std::move(job)](Job*) {
+    try {
+      job->abort();
+    } catch (const Error&) {
+      // A forked child: the job is its parent's.
+    }
+  });
+}
+
 py::object exception_type(const char* name) { return py::module_::import("pysnap.errors").attr(name); }
 
 // Errors of C++ become those of pysnap.errors; a chunk's number travels as an attribute, for Python knows which tensors lie in it.
@@ -226,7 +238,7 @@ PYBIND11_MODULE(_engine, module) {
           [](Engine& engine, const Rows<Extent>& extents, const Rows<SpanRow>& spans, std::size_t eager) {
             std::vector<Span> cut;
             for (const SpanRow& row : to_vector(spans)) cut.push_back({row.raw, static_cast<Element>(row.element)});
-            return engine.begin(to_vector(extents), std::move(cut), eager);
+            return aborted_when_dropped(engine.begin(to_vector(extents), std::move(cut), eager));
           },
           py::arg("extents"), py::arg("spans"), py::arg("eager"), py::keep_alive<0, 1>())
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());
@@ -262,6 +274,7 @@ PYBIND11_MODULE(_engine, module) {
       "digest",
       [](const py::buffer& data) {
         const py::buffer_info info = data.request();
+        if (PyBuffer_IsContiguous(info.view(), 'C') == 0) throw Error(ErrorKind::kInvalid, "a digest is of contiguous bytes");
         Digest digest;
         {
           py::gil_scoped_release release;

@@ -3,8 +3,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu.h"
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -46,33 +44,25 @@ void copy_lines_portable(char* destination, const char* source, std::size_t line
   }
 }
 
-using CopyLines = void (*)(char*, const char*, std::size_t);
-
-CopyLines choose() {
-  switch (best_simd_path()) {
-    case SimdPath::kAvx512:
-      return copy_lines_avx512;
-    case SimdPath::kAvx2:
-      return copy_lines_avx2;
-    default:
-      return copy_lines_portable;
-  }
+void copy_lines(char* destination, const char* source, std::size_t lines, SimdPath path) {
+  if (path == SimdPath::kAvx512) return copy_lines_avx512(destination, source, lines);
+  if (path == SimdPath::kAvx2) return copy_lines_avx2(destination, source, lines);
+  copy_lines_portable(destination, source, lines);
 }
 
 #endif
 
 }  // namespace
 
-void stream_copy(void* destination, const void* source, std::size_t size) noexcept {
+void stream_copy(void* destination, const void* source, std::size_t size, SimdPath path) noexcept {
 #if defined(__x86_64__)
   if (size >= kStreamingMinimum) {
-    static const CopyLines copy_lines = choose();
     char* to = static_cast<char*>(destination);
     const char* from = static_cast<const char*>(source);
     std::size_t head = (kLine - reinterpret_cast<std::uintptr_t>(to) % kLine) % kLine;
     std::memcpy(to, from, head);
     std::size_t lines = (size - head) / kLine;
-    copy_lines(to + head, from + head, lines);
+    copy_lines(to + head, from + head, lines, path);
     std::size_t done = head + lines * kLine;
     std::memcpy(to + done, from + done, size - done);
     // Streaming stores are weakly ordered; a mutex alone would not publish them.
@@ -80,6 +70,7 @@ void stream_copy(void* destination, const void* source, std::size_t size) noexce
     return;
   }
 #endif
+  static_cast<void>(path);
   if (size > 0) std::memcpy(destination, source, size);
 }
 

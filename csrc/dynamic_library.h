@@ -6,7 +6,7 @@
 
 namespace pysnap {
 
-// Move-only. The library stays loaded for the life of the process: threads may still run in it when the owner goes.
+// The library stays loaded for the life of the process: threads may still run in it when the owner goes.
 class DynamicLibrary {
  public:
   // Null where the library cannot be opened.

@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <exception>
 
 #include "buffer.h"
@@ -20,6 +21,12 @@ std::shared_ptr<T> owned_by_process(T* object) {
   return std::shared_ptr<T>(object, [owner = ::getpid()](T* pointer) {
     if (::getpid() == owner) delete pointer;
   });
+}
+
+// What a thread caught, as the failure of a job: no exception may leave a thread of the engine, or a chunk that is counted as being copied.
+Error to_failure(const std::exception& caught) {
+  if (const Error* error = dynamic_cast<const Error*>(&caught)) return *error;
+  return Error::io("allocating memory for", "a chunk", ENOMEM);
 }
 
 struct Interruption {};
@@ -47,7 +54,10 @@ Job::Job(Engine& engine, std::vector<Extent> extents, std::vector<Span> spans, s
     chunk_starts_.push_back(covered);
     covered += span.raw;
   }
-  if (covered != stream || eager_ > spans_.size()) {
+  if (eager_ > spans_.size()) {
+    throw Error(ErrorKind::kInvalid, std::to_string(eager_) + " of " + std::to_string(spans_.size()) + " chunks cannot be eager");
+  }
+  if (covered != stream) {
     throw Error(ErrorKind::kInvalid, "the spans cover " + std::to_string(covered) + " bytes of a stream of " + std::to_string(stream));
   }
 }
@@ -81,8 +91,13 @@ bool Job::capture(const std::vector<std::pair<DeviceIndex, StreamHandle>>& strea
 bool Job::gate(const std::vector<std::pair<DeviceIndex, StreamHandle>>& streams, const Interrupted& interrupted) {
   engine_.check_process();
   if (!copy_until_done(interrupted)) return false;
-  for (const auto& [index, stream] : streams) {
-    if (auto device = devices_.find(index); device != devices_.end()) device->second->gate(stream);
+  try {
+    for (const auto& [index, stream] : streams) {
+      if (auto device = devices_.find(index); device != devices_.end()) device->second->gate(stream);
+    }
+  } catch (const Error& error) {
+    std::lock_guard<std::mutex> lock(engine_.mutex_);
+    fail(error);
   }
   return true;
 }
@@ -111,9 +126,9 @@ void Job::copy(const Interrupted& interrupted) {
     try {
       std::optional<Slot> slot = wait_for_slot(interrupted);
       if (slot) copy_next(std::move(*slot));
-    } catch (const Error& error) {
+    } catch (const std::exception& caught) {
       std::lock_guard<std::mutex> lock(engine_.mutex_);
-      fail(error);
+      fail(to_failure(caught));
     }
   }
 }
@@ -144,8 +159,8 @@ void Job::copy_next(Slot slot) {
   std::optional<Error> failure;
   try {
     staged.emplace(stage(chunk, std::move(slot)));
-  } catch (const Error& error) {
-    failure = error;
+  } catch (const std::exception& caught) {
+    failure = to_failure(caught);
   }
   lock.lock();
   --copying_;
@@ -185,7 +200,14 @@ void Job::open_pack(const std::string& path) {
   engine_.check_process();
   std::uint64_t expected = 0;
   for (const Span& span : spans_) expected += round_up(span.raw, kPageSize);
-  auto pack = std::make_shared<PackWriter>(path, expected, engine_.options_.direct_io);
+  std::shared_ptr<PackWriter> pack;
+  try {
+    pack = std::make_shared<PackWriter>(path, expected, engine_.options_.direct_io);
+  } catch (const Error& error) {
+    std::lock_guard<std::mutex> lock(engine_.mutex_);
+    fail(error);
+    throw;
+  }
   {
     std::lock_guard<std::mutex> lock(engine_.mutex_);
     if (failure_) throw *failure_;
@@ -199,7 +221,7 @@ bool Job::wait_staged(std::chrono::milliseconds timeout) {
   engine_.check_process();
   std::unique_lock<std::mutex> lock(engine_.mutex_);
   return engine_.progress_.wait_for(lock, timeout,
-                                    [&] { return failure_ || (next_copy_ == spans_.size() && copying_ == 0); });
+                                    [&] { return copying_ == 0 && (failure_ || next_copy_ == spans_.size()); });
 }
 
 bool Job::wait_written(std::chrono::milliseconds timeout) {
@@ -214,33 +236,36 @@ WrittenPack Job::finish() {
   engine_.check_process();
   std::shared_ptr<PackWriter> pack;
   {
-    std::lock_guard<std::mutex> lock(engine_.mutex_);
+    std::unique_lock<std::mutex> lock(engine_.mutex_);
     if (!failure_ && !is_written()) throw Error(ErrorKind::kInvalid, "finish() before every chunk is written");
     pack = std::move(pack_);
     if (failure_) {
-      end();
+      end(lock);
       throw *failure_;
     }
   }
   // The engine takes the next job only when this one's pack is durable: its writes would delay the sync.
   try {
     const std::uint64_t size = pack->finish();
-    std::lock_guard<std::mutex> lock(engine_.mutex_);
-    end();
-    return {chunks_, size};
+    std::unique_lock<std::mutex> lock(engine_.mutex_);
+    end(lock);
+    return {std::move(chunks_), size};
   } catch (const Error& error) {
-    std::lock_guard<std::mutex> lock(engine_.mutex_);
+    std::unique_lock<std::mutex> lock(engine_.mutex_);
     fail(error);
-    end();
+    end(lock);
     throw;
   }
 }
 
 void Job::abort() {
   engine_.check_process();
-  std::lock_guard<std::mutex> lock(engine_.mutex_);
+  // Closed after the lock is given back: closing a file that was deleted frees its space, which may take long.
+  std::shared_ptr<PackWriter> pack;
+  std::unique_lock<std::mutex> lock(engine_.mutex_);
   fail(Error(ErrorKind::kClosed, "the snapshot was aborted"));
-  end();
+  pack = std::move(pack_);
+  end(lock);
 }
 
 // The first failure is the one that is told.
@@ -250,7 +275,9 @@ void Job::fail(const Error& error) {
   engine_.progress_.notify_all();
 }
 
-void Job::end() {
+// The caller may free its tensors after this, and the engine takes the next job.
+void Job::end(std::unique_lock<std::mutex>& lock) {
+  engine_.progress_.wait(lock, [&] { return copying_ == 0; });
   if (engine_.active_.get() == this) engine_.active_.reset();
 }
 
@@ -355,16 +382,15 @@ void Engine::work() {
     std::optional<Error> failure;
     try {
       if (options_.zstd != nullptr && !encoder) {
-        encoder.emplace(options_.zstd);
         out = make_buffer(options_.chunk_size);
+        encoder.emplace(options_.zstd);
       }
       chunk = write(*pack, job->spans_[index], *staged, encoder ? &*encoder : nullptr, out.get());
-    } catch (const Error& error) {
-      failure = error;
-    } catch (const std::exception& error) {
-      failure = Error(ErrorKind::kInvalid, std::string("encoding failed: ") + error.what());
+    } catch (const std::exception& caught) {
+      failure = to_failure(caught);
     }
     staged.reset();
+    pack.reset();
     lock.lock();
     if (failure) {
       job->fail(*failure);

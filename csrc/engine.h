@@ -4,7 +4,7 @@
 //   another thread:  job->open_pack(path); job->wait_written(...); job->finish();
 //   the caller:      job->capture(streams, interrupted);  ... training ...  job->gate(stream);
 //
-// Threads: `copy_threads` - 1 helpers copy beside the caller; `workers` low-priority threads encode and write. None of them knows Python.
+// Threads: `copy_threads` - 1 helpers (one at least) copy beside the caller; `workers` low-priority threads encode and write. None of them knows Python.
 #pragma once
 
 #include <unistd.h>
@@ -59,7 +59,7 @@ using Interrupted = std::function<bool()>;
 
 class Engine;
 
-// One capture on its way to disk. Created by Engine::begin, which it must not outlive. Any method may be called by any thread, unless it says
+// One capture on its way to disk. Made by Engine::begin; must not outlive its engine. Any method may be called by any thread, unless it says
 // otherwise. A failure (of a copy, a write, the disk) is kept and thrown by wait_written and finish; it never leaves capture or gate, so
 // that training goes on.
 class Job {
@@ -73,16 +73,17 @@ class Job {
   // without blocking the caller. False if `interrupted` ended it.
   bool gate(const std::vector<std::pair<DeviceIndex, StreamHandle>>& streams, const Interrupted& interrupted);
 
-  // Creates the pack and reserves its space; from now on chunks are written. Throws Error.
+  // Creates the pack and reserves its space; from now on chunks are written. Called once. Throws Error, which is then the failure of the job.
   void open_pack(const std::string& path);
 
-  // True once every byte is in staging memory or the job has failed; false after `timeout`.
+  // True once no tensor is read any more: every byte is in staging memory, or the job has failed. False after `timeout`.
   bool wait_staged(std::chrono::milliseconds timeout);
   // True once every chunk is in the pack; false after `timeout`. Throws the failure of the job.
   bool wait_written(std::chrono::milliseconds timeout);
-  // Makes the pack durable. Blocks for the disk. Throws the failure of the job. Ends the job, whatever happens.
+  // Makes the pack durable. Blocks for the disk. Throws the failure of the job, or Error(kInvalid) while chunks are still to be written; in every
+  // other case the job has ended, and no tensor is read any more.
   WrittenPack finish();
-  // Gives up: nothing more is copied or written. Does not wait for a write in flight. Ends the job.
+  // Gives up: no tensor is read any more, nothing new is written. Blocks for the chunks being copied, not for a write in flight. Ends the job.
   void abort();
 
  private:
@@ -104,7 +105,7 @@ class Job {
   bool is_written() const { return pack_ != nullptr && written_ == spans_.size(); }
   bool may_write() const { return pack_ != nullptr && !holding_ && !staged_.empty(); }
   void fail(const Error& error);
-  void end();
+  void end(std::unique_lock<std::mutex>& lock);
 
   // Constant after construction.
   Engine& engine_;

@@ -13,7 +13,8 @@ Error Error::io(const std::string& doing, const std::string& path, int error_num
 }
 
 Error Error::corrupt(const std::string& path, std::int64_t chunk, const std::string& what) {
-  Error error(ErrorKind::kCorrupt, path + ", chunk " + std::to_string(chunk) + ": " + what);
+  const std::string where = chunk < 0 ? path : path + ", chunk " + std::to_string(chunk);
+  Error error(ErrorKind::kCorrupt, where + ": " + what);
   error.path_ = path;
   error.chunk_ = chunk;
   return error;

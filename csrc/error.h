@@ -21,7 +21,7 @@ class Error : public std::runtime_error {
 
   // "<doing> <path> failed: <strerror>".
   static Error io(const std::string& doing, const std::string& path, int error_number);
-  // "<path>, chunk <chunk>: <what>".
+  // "<path>, chunk <chunk>: <what>"; "<path>: <what>" where `chunk` is -1.
   static Error corrupt(const std::string& path, std::int64_t chunk, const std::string& what);
 
   ErrorKind kind() const { return kind_; }

@@ -83,11 +83,16 @@ void File::reserve(std::uint64_t bytes) {
 
 void File::write_at(const void* data, std::size_t size, std::uint64_t offset) const {
   const char* next = static_cast<const char*>(data);
+  bool left_direct = false;
   while (size > 0) {
     ssize_t written = ::pwrite(descriptor_, next, size, static_cast<off_t>(offset));
     if (written < 0) {
       if (errno == EINTR) continue;
-      if (errno == EINVAL && leave_direct()) continue;
+      if (errno == EINVAL && !left_direct) {
+        left_direct = true;
+        leave_direct();
+        continue;
+      }
       throw Error::io("writing", path_, errno);
     }
     // A write that takes nothing would be repeated for ever.
@@ -98,9 +103,9 @@ void File::write_at(const void* data, std::size_t size, std::uint64_t offset) co
   }
 }
 
-bool File::leave_direct() const {
+void File::leave_direct() const {
   const int flags = ::fcntl(descriptor_, F_GETFL);
-  return flags >= 0 && (flags & O_DIRECT) != 0 && ::fcntl(descriptor_, F_SETFL, flags & ~O_DIRECT) == 0;
+  if (flags >= 0) ::fcntl(descriptor_, F_SETFL, flags & ~O_DIRECT);
 }
 
 std::size_t File::read_at(void* data, std::size_t size, std::uint64_t offset) const {

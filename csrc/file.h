@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 
 namespace pysnap {
 
@@ -45,8 +46,8 @@ class File {
 
  private:
   File(int descriptor, std::string path) : descriptor_(descriptor), path_(std::move(path)) {}
-  // For a device that wants more than page alignment: goes on through the page cache. False where that is the case already.
-  bool leave_direct() const;
+  // For a device that wants more than page alignment: goes on through the page cache. Several threads may find that out at once.
+  void leave_direct() const;
 
   int descriptor_;
   std::string path_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <functional>
 #include <map>
 #include <mutex>
@@ -27,17 +28,24 @@ struct Piece {
   Device* device;
 };
 
+// A pack, or why it cannot be read: told only when a chunk of it is needed.
+struct OpenPack {
+  std::optional<File> file;
+  std::optional<Error> failure;
+};
+
 // One thread's means: reads one chunk at a time and hands out its checked raw bytes.
 class ChunkReader {
  public:
-  ChunkReader(const std::vector<File>& packs, const std::vector<StoredChunk>& chunks, std::size_t largest,
+  ChunkReader(const std::vector<OpenPack>& packs, const std::vector<StoredChunk>& chunks, std::size_t largest,
               std::shared_ptr<const Zstd> zstd)
       : packs_(packs), chunks_(chunks), decoder_(std::move(zstd)), stored_(make_buffer(largest)), raw_(make_buffer(largest)) {}
 
   // Valid until the next call. Throws Error(kCorrupt) or Error(kIo).
   const std::uint8_t* read(std::size_t index) {
     const StoredChunk& chunk = chunks_[index];
-    const File& pack = packs_[chunk.pack];
+    if (packs_[chunk.pack].failure) throw *packs_[chunk.pack].failure;
+    const File& pack = *packs_[chunk.pack].file;
     auto damage = [&](const char* what) { return Error::corrupt(pack.path(), static_cast<std::int64_t>(index), what); };
     const std::size_t padded = round_up(chunk.stored, kPageSize);
     if (pack.read_at(stored_.get(), padded, chunk.offset) != padded) throw damage("the file ends before it");
@@ -54,7 +62,7 @@ class ChunkReader {
   }
 
  private:
-  const std::vector<File>& packs_;
+  const std::vector<OpenPack>& packs_;
   const std::vector<StoredChunk>& chunks_;
   PlanesDecoder decoder_;
   Buffer stored_;
@@ -69,7 +77,7 @@ std::uint64_t check_table(const std::vector<PackFile>& packs, const std::vector<
     const bool valid = chunk.pack < packs.size() && chunk.raw > 0 && chunk.raw <= kLargestChunk && chunk.stored > 0 &&
                        chunk.stored <= chunk.raw && static_cast<std::uint8_t>(chunk.element) < kElementCount &&
                        static_cast<std::uint8_t>(chunk.encoding) <= 1 && chunk.raw % element_width(chunk.element) == 0 &&
-                       (chunk.encoding != Encoding::kRaw || chunk.stored == chunk.raw) && chunk.offset % kPageSize == 0 &&
+                       (chunk.encoding == Encoding::kRaw) == (chunk.stored == chunk.raw) && chunk.offset % kPageSize == 0 &&
                        chunk.offset <= packs[chunk.pack].size && chunk.stored <= packs[chunk.pack].size - chunk.offset;
     if (!valid) throw Error(ErrorKind::kInvalid, "row " + std::to_string(i) + " of the chunk table is not valid");
     stream += chunk.raw;
@@ -77,16 +85,21 @@ std::uint64_t check_table(const std::vector<PackFile>& packs, const std::vector<
   return stream;
 }
 
-std::vector<File> open_packs(const std::vector<PackFile>& packs) {
-  std::vector<File> files;
+std::vector<OpenPack> open_packs(const std::vector<PackFile>& packs) {
+  std::vector<OpenPack> opened;
   for (const PackFile& pack : packs) {
-    files.push_back(File::open(pack.path));
-    const std::uint64_t size = files.back().size();
-    if (size != pack.size) {
-      throw Error::corrupt(pack.path, -1, "it has " + std::to_string(size) + " bytes instead of " + std::to_string(pack.size));
+    OpenPack& open = opened.emplace_back();
+    try {
+      open.file.emplace(File::open(pack.path));
+      const std::uint64_t size = open.file->size();
+      if (size != pack.size) {
+        open.failure = Error::corrupt(pack.path, -1, "it has " + std::to_string(size) + " bytes instead of " + std::to_string(pack.size));
+      }
+    } catch (const Error& error) {
+      open.failure = error;
     }
   }
-  return files;
+  return opened;
 }
 
 std::size_t largest_chunk(const std::vector<StoredChunk>& chunks) {
@@ -125,9 +138,10 @@ bool for_each_chunk(std::size_t count, unsigned threads, const std::function<Chu
   };
   std::vector<std::thread> helpers;
   const std::size_t wanted = std::min<std::size_t>(threads, count);
+  helpers.reserve(wanted);
   try {
     for (std::size_t i = 1; i < wanted; ++i) helpers.push_back(start_thread("pysnap-read", [&] { run(false); }));
-  } catch (const Error&) {
+  } catch (const std::exception&) {
     // Fewer threads are slower, nothing else.
   }
   run(true);
@@ -168,10 +182,10 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
   for (std::size_t i = 0; i < chunks.size(); ++i) {
     if (!pieces[i].empty()) needed.push_back(i);
   }
-  const std::vector<File> files = open_packs(packs);
+  const std::vector<OpenPack> opened = open_packs(packs);
   const std::size_t largest = largest_chunk(chunks);
   return for_each_chunk(
-      needed.size(), threads, [&] { return ChunkReader(files, chunks, largest, zstd); },
+      needed.size(), threads, [&] { return ChunkReader(opened, chunks, largest, zstd); },
       [&](ChunkReader& reader, std::size_t i) {
         const std::uint8_t* raw = reader.read(needed[i]);
         for (const Piece& piece : pieces[needed[i]]) piece.device->write(piece.address, raw + piece.offset, piece.length);
@@ -186,16 +200,17 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
 std::vector<Damage> verify(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks, unsigned threads,
                            std::shared_ptr<const Zstd> zstd, const Interrupted& interrupted) {
   check_table(packs, chunks);
-  const std::vector<File> files = open_packs(packs);
+  const std::vector<OpenPack> opened = open_packs(packs);
   const std::size_t largest = largest_chunk(chunks);
   std::mutex mutex;
   std::vector<Damage> damages;
   for_each_chunk(
-      chunks.size(), threads, [&] { return ChunkReader(files, chunks, largest, zstd); },
+      chunks.size(), threads, [&] { return ChunkReader(opened, chunks, largest, zstd); },
       [&](ChunkReader& reader, std::size_t i) {
         try {
           reader.read(i);
         } catch (const Error& error) {
+          if (error.kind() == ErrorKind::kInvalid) throw;
           std::lock_guard<std::mutex> lock(mutex);
           damages.push_back({i, error.what()});
         }

@@ -17,11 +17,14 @@ namespace {
 constexpr std::size_t kRegionSize = std::size_t{32} << 20;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
-void touch(std::uint8_t* memory, std::size_t size) {
+// False where the system has no memory left: to touch it all the same would get the process killed.
+bool touch(std::uint8_t* memory, std::size_t size) {
 #ifdef MADV_POPULATE_WRITE
-  if (::madvise(memory, size, MADV_POPULATE_WRITE) == 0) return;
+  if (::madvise(memory, size, MADV_POPULATE_WRITE) == 0) return true;
+  if (errno == ENOMEM) return false;
 #endif
   for (std::size_t i = 0; i < size; i += kPageSize) static_cast<volatile std::uint8_t*>(memory)[i] = 0;
+  return true;
 }
 
 }  // namespace
@@ -51,10 +54,13 @@ void SlotPool::stop() {
 }
 
 void SlotPool::reserve(std::size_t slots) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    wanted_ = std::max(wanted_, std::min(slots, max_slots_));
-  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  ask(std::min(slots, max_slots_));
+}
+
+void SlotPool::ask(std::size_t slots) {
+  wanted_ = std::max(wanted_, slots);
+  exhausted_ = false;
   changed_.notify_all();
 }
 
@@ -70,10 +76,7 @@ std::optional<Slot> SlotPool::try_acquire() {
 
 std::optional<Slot> SlotPool::acquire(std::chrono::milliseconds timeout) {
   std::unique_lock<std::mutex> lock(mutex_);
-  if (free_.empty() && wanted_ == ready_ && ready_ < max_slots_) {
-    ++wanted_;
-    changed_.notify_all();
-  }
+  if (free_.empty() && ready_ < max_slots_) ask(ready_ + 1);
   changed_.wait_for(lock, timeout, [&] { return !free_.empty() || stopping_ || (exhausted_ && ready_ == 0); });
   if (exhausted_ && ready_ == 0) throw Error::io("mapping staging memory for", "a slot", ENOMEM);
   return pop();
@@ -107,7 +110,7 @@ void SlotPool::grow() {
     if (region != nullptr) {
       if (size >= kHugePage) ::madvise(mapped, size, MADV_HUGEPAGE);
       ::madvise(mapped, size, MADV_DONTFORK);
-      touch(region.get(), size);
+      if (!touch(region.get(), size)) region.reset();
     }
     lock.lock();
     if (region == nullptr) {

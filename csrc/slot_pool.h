@@ -51,7 +51,8 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   void wait_reserved();
   // A free slot that is ready, without waiting.
   std::optional<Slot> try_acquire();
-  // Waits for a slot, at most `timeout`. Throws Error(kIo, ENOMEM) where not one slot could be mapped.
+  // Waits for a slot, at most `timeout`. Memory that the system refused before is asked for again; throws Error(kIo, ENOMEM) where not one slot
+  // can be had.
   std::optional<Slot> acquire(std::chrono::milliseconds timeout);
   // Ends the growing thread. Called by the owner before the pool's last reference may be dropped by another thread.
   void stop();
@@ -66,6 +67,7 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
 
   SlotPool(std::size_t slot_size, std::size_t max_slots) : slot_size_(slot_size), max_slots_(max_slots) {}
   void grow();
+  void ask(std::size_t slots);
   std::optional<Slot> pop();
   void release(std::uint8_t* data);
 
@@ -81,7 +83,7 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   std::vector<std::uint8_t*> free_;
   std::size_t wanted_ = 0;   // slots asked for so far
   std::size_t ready_ = 0;    // slots mapped and touched, free or in use
-  bool exhausted_ = false;   // the system gave no more
+  bool exhausted_ = false;   // the system gave no more when it was asked last
   bool stopping_ = false;
 };
 

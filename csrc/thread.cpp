@@ -15,26 +15,37 @@
 
 namespace pysnap {
 
+namespace {
+
+// Blocks every signal of the calling thread while it lives; a thread that is started meanwhile inherits that for good.
+class BlockedSignals {
+ public:
+  BlockedSignals() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &previous_);
+  }
+  BlockedSignals(const BlockedSignals&) = delete;
+  BlockedSignals& operator=(const BlockedSignals&) = delete;
+  ~BlockedSignals() { pthread_sigmask(SIG_SETMASK, &previous_, nullptr); }
+
+ private:
+  sigset_t previous_;
+};
+
+}  // namespace
+
 std::thread start_thread(const char* name, std::function<void()> body, int nice) {
-  // A new thread inherits the mask, so it is set before and put back after.
-  sigset_t all;
-  sigset_t previous;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &previous);
-  std::thread thread;
-  int error = 0;
+  const BlockedSignals blocked;
   try {
-    thread = std::thread([name, nice, body = std::move(body)] {
+    return std::thread([name, nice, body = std::move(body)] {
       pthread_setname_np(pthread_self(), name);
       if (nice != 0) ::setpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)), nice);
       body();
     });
   } catch (const std::system_error& failure) {
-    error = failure.code().value();
+    throw Error::io("starting thread", name, failure.code().value());
   }
-  pthread_sigmask(SIG_SETMASK, &previous, nullptr);
-  if (error != 0) throw Error::io("starting thread", name, error);
-  return thread;
 }
 
 unsigned available_processors() {

@@ -34,6 +34,7 @@ std::shared_ptr<const Zstd> Zstd::open(const std::vector<std::string>& names) {
         resolve(*library, "ZSTD_compress2", zstd->compress_) &&
         resolve(*library, "ZSTD_createDCtx", zstd->create_decompressor_) &&
         resolve(*library, "ZSTD_freeDCtx", zstd->free_decompressor_) &&
+        resolve(*library, "ZSTD_findFrameCompressedSize", zstd->find_frame_size_) &&
         resolve(*library, "ZSTD_decompressDCtx", zstd->decompress_) &&
         resolve(*library, "ZSTD_isError", zstd->is_error_)) {
       zstd->name_ = name;
@@ -71,7 +72,9 @@ ZstdDecompressor::ZstdDecompressor(std::shared_ptr<const Zstd> zstd)
 }
 
 bool ZstdDecompressor::decompress(const void* frame, std::size_t frame_size, void* out, std::size_t size) {
-  return zstd_->decompress_(context_.get(), out, size, frame, frame_size) == size;
+  // The library itself would also decode several frames, one after the other.
+  return zstd_->find_frame_size_(frame, frame_size) == frame_size &&
+         zstd_->decompress_(context_.get(), out, size, frame, frame_size) == size;
 }
 
 }  // namespace pysnap

@@ -31,6 +31,7 @@ class Zstd {
   std::size_t (*compress_)(void*, void*, std::size_t, const void*, std::size_t) = nullptr;
   void* (*create_decompressor_)() = nullptr;
   std::size_t (*free_decompressor_)(void*) = nullptr;
+  std::size_t (*find_frame_size_)(const void*, std::size_t) = nullptr;
   std::size_t (*decompress_)(void*, void*, std::size_t, const void*, std::size_t) = nullptr;
   unsigned (*is_error_)(std::size_t) = nullptr;
 };

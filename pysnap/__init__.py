@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 from pysnap._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from pysnap.commit import Handle as Handle
+    from pysnap.commit import SnapshotInfo as SnapshotInfo
+    from pysnap.commit import Stats as Stats
     from pysnap.errors import BusyError as BusyError
     from pysnap.errors import ClosedError as ClosedError
     from pysnap.errors import ConfigError as ConfigError
@@ -21,28 +24,33 @@ if TYPE_CHECKING:
     from pysnap.files import save as save
     from pysnap.loader import resumable as resumable
     from pysnap.retention import Keep as Keep
-    from pysnap.snapshotter import Handle as Handle
     from pysnap.snapshotter import Progress as Progress
-    from pysnap.snapshotter import SnapshotInfo as SnapshotInfo
     from pysnap.snapshotter import Snapshotter as Snapshotter
-    from pysnap.snapshotter import Stats as Stats
 
 # Imported on first use, so that the engine, the reader and the command line load without torch.
 _HOME = {
-    **dict.fromkeys(
-        (
-            "BusyError", "ClosedError", "ConfigError", "CorruptError", "Error", "FormatError", "MismatchError", "NotFoundError",
-            "StateError", "StorageError",
-        ),
-        "errors",
-    ),
-    **dict.fromkeys(("load", "save"), "files"),
+    "BusyError": "errors",
+    "ClosedError": "errors",
+    "ConfigError": "errors",
+    "CorruptError": "errors",
+    "Error": "errors",
+    "FormatError": "errors",
+    "MismatchError": "errors",
+    "NotFoundError": "errors",
+    "StateError": "errors",
+    "StorageError": "errors",
+    "load": "files",
+    "save": "files",
     "resumable": "loader",
     "Keep": "retention",
-    **dict.fromkeys(("Handle", "Progress", "SnapshotInfo", "Snapshotter", "Stats"), "snapshotter"),
-}  # fmt: skip
+    "Handle": "commit",
+    "Progress": "snapshotter",
+    "SnapshotInfo": "commit",
+    "Snapshotter": "snapshotter",
+    "Stats": "commit",
+}
 
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604 - the names are strings
+__all__ = ["__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,5 @@
-"""Types of the C++ engine. It deals in addresses and chunks; layout.py and restore.py give them meaning."""
+"""Types of the C++ engine. It deals in addresses and chunks; layout.py and restore.py give them
+meaning."""
 
 from collections.abc import Sequence
 
@@ -17,7 +18,8 @@ TARGET: np.dtype[np.void]
 
 class Job:
     def capture(self, streams: Sequence[tuple[int, int]] = ...) -> None:
-        """Copy the eager chunks; blocks for the copy. Failures are kept for `wait_written` and `finish`."""
+        """Copy the eager chunks; blocks for the copy. Failures are kept for `wait_written` and
+        `finish`."""
 
     def gate(self, streams: Sequence[tuple[int, int]] = ...) -> None:
         """Return when (or make `streams` wait until) every byte has been read."""

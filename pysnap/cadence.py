@@ -13,7 +13,8 @@ _FORMS = "`500`, `200 steps`, `30s`, `10m`, `2h`, `1 epoch`, `off`, or several j
 
 @dataclass(frozen=True)
 class Cadence:
-    """Due every `steps` steps, `seconds` seconds or `epochs` epochs, whichever comes first; None: not by that measure."""
+    """Due every `steps` steps, `seconds` seconds or `epochs` epochs, whichever comes first;
+    None: not by that measure."""
 
     steps: int | None = None
     seconds: float | None = None
@@ -21,7 +22,8 @@ class Cadence:
 
     @classmethod
     def parse(cls, rule: str | int | None, where: str) -> Cadence:
-        """The cadence of a rule such as `"200 steps, 10m"`; None and `"off"` are never due. ConfigError names `where`."""
+        """The cadence of a rule such as `"200 steps, 10m"`; None and `"off"` are never due.
+        ConfigError names `where`."""
         if rule is None:
             return cls()
         found: dict[str, int] = {}
@@ -39,7 +41,11 @@ class Cadence:
     def __str__(self) -> str:
         parts = [
             f"{amount:g} {measure}"
-            for measure, amount in (("steps", self.steps), ("seconds", self.seconds), ("epochs", self.epochs))
+            for measure, amount in (
+                ("steps", self.steps),
+                ("seconds", self.seconds),
+                ("epochs", self.epochs),
+            )
             if amount is not None
         ]
         return "every " + " or ".join(parts) if parts else "off"

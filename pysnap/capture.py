@@ -1,4 +1,5 @@
-"""Taking a snapshot's bytes: state -> tree and plan -> a job of the engine -> packs and a manifest."""
+"""Taking a snapshot's bytes: state -> tree and plan -> a job of the engine -> packs and a
+manifest."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ class Stager:
         bound = config.host_memory or max(available_memory() // 4, 2 * config.chunk_size)
         zstd = zstd_libraries() if config.codec == "planes" else []
         if zstd and not _engine.has_zstd(zstd):
-            _log.warning("no libzstd is found, so chunks are stored as they are; install the zstandard package")
+            _log.warning(
+                "no libzstd is found: chunks are stored as they are; install the zstandard package"
+            )
             zstd = []
         self._engine = _engine.Engine(
             chunk_size=config.chunk_size,
@@ -53,7 +56,8 @@ class Stager:
         self._planner = Planner(config.chunk_size)
 
     def reserve(self, size: int) -> None:
-        """Have staging memory for a state of `size` bytes made ready in the background, as far as the bound allows."""
+        """Have staging memory for a state of `size` bytes made ready in the background, as far
+        as the bound allows."""
         self._engine.reserve(size)
 
     def wait_reserved(self) -> None:
@@ -61,7 +65,8 @@ class Stager:
         self._engine.wait_reserved()
 
     def begin(self, state: object) -> Capture:
-        """Plan the capture of `state`. Nothing is copied yet. Raises StateError for what cannot be stored."""
+        """Plan the capture of `state`. Nothing is copied yet. Raises StateError for what cannot
+        be stored."""
         leaves: list[tuple[str, Leaf]] = []
 
         def put(path: str, leaf: Leaf) -> int:
@@ -70,7 +75,12 @@ class Stager:
 
         encoded = tree.encode(state, put)
         plan = self._planner.plan(leaves)
-        return Capture(encoded, plan, self._engine.begin(plan.extents, plan.spans, plan.eager), self._chunk_size)
+        return Capture(
+            encoded,
+            plan,
+            self._engine.begin(plan.extents, plan.spans, plan.eager),
+            self._chunk_size,
+        )
 
     def close(self) -> None:
         """Abort what is in flight and join the threads; safe to repeat."""
@@ -78,7 +88,8 @@ class Stager:
 
 
 class Capture:
-    """One snapshot on its way. `copy` is for the training thread, `write` for the committing one; they run side by side."""
+    """One snapshot on its way. `copy` is for the training thread, `write` for the committing
+    one; they run side by side."""
 
     def __init__(self, encoded: tree.Json, plan: Plan, job: _engine.Job, chunk_size: int) -> None:
         self._tree = encoded
@@ -96,8 +107,11 @@ class Capture:
         finally:
             self._keep = []
 
-    def write(self, directory: Path, *, step: int, sequence: int, metadata: dict[str, Any]) -> Manifest:
-        """Write the packs into `directory` and make them durable; the manifest that describes them."""
+    def write(
+        self, directory: Path, *, step: int, sequence: int, metadata: dict[str, Any]
+    ) -> Manifest:
+        """Write the packs into `directory` and make them durable; the manifest that describes
+        them."""
         self._job.open_pack(str(directory / "0.pack"))
         self._job.wait_written()
         chunks, size = self._job.finish()

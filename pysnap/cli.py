@@ -8,7 +8,9 @@ import sys
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status."""
-    parser = argparse.ArgumentParser(prog="pysnap", description="Background snapshots of PyTorch training.")
+    parser = argparse.ArgumentParser(
+        prog="pysnap", description="Background snapshots of PyTorch training."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", add_help=False, help="train, kill, resume, and compare bit for bit")
     chosen, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)

@@ -1,6 +1,7 @@
 """Settings: default < environment variable < explicit argument.
 
-`PYSNAP_EVERY` is the exception: it wins over the argument, so that the cadence of a program can be changed from outside.
+`PYSNAP_EVERY` is the exception: it wins over the argument, so that the cadence of a program can
+be changed from outside.
 """
 
 from __future__ import annotations
@@ -39,7 +40,16 @@ def parse_count(text: str) -> int:
 
 def parse_switch(text: str) -> bool:
     """`1`/`0`, `on`/`off`, `yes`/`no` or `true`/`false`."""
-    words = {"1": True, "on": True, "yes": True, "true": True, "0": False, "off": False, "no": False, "false": False}
+    words = {
+        "1": True,
+        "on": True,
+        "yes": True,
+        "true": True,
+        "0": False,
+        "off": False,
+        "no": False,
+        "false": False,
+    }
     if text.strip().lower() not in words:
         raise ValueError("expected on or off")
     return words[text.strip().lower()]
@@ -56,7 +66,8 @@ def _one_of(*words: str) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its name as an argument, its environment variable, how text becomes a value, what it means."""
+    """One setting: its name as an argument, its environment variable, how text becomes a value,
+    what it means."""
 
     name: str
     parse: Callable[[str], Any]
@@ -71,26 +82,79 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("every", str, None, "off", "when a snapshot is due: `500`, `200 steps`, `30s`, `10m`, `2h`, `1 epoch`, `off`; "
-            "several joined by `,` mean whichever comes first; wins over the argument", environment_wins=True),
-    Setting("host_memory", parse_size, None, "the state, at most a quarter of the free memory",
-            "bound of the staging memory, such as `2GiB`; less memory makes a step wait for the disk when the state is larger"),
-    Setting("codec", _one_of("planes", "none"), "planes", "planes",
-            "how chunks are encoded: `planes` (smaller), `none` (as they are)"),
-    Setting("chunk_size", parse_size, 4 * 2**20, "4MiB",
-            "piece in which the state is staged, encoded and written; a multiple of 4KiB, at most 64MiB"),
-    Setting("workers", parse_count, 0, "half of the cores, 2 to 8", "background threads that encode and write"),
-    Setting("copy_threads", parse_count, 0, "the cores, at most 8", "threads that copy host tensors while the step waits"),
-    Setting("nice", parse_count, 10, "10", "priority of the workers, 0 (like training) to 19 (only what training leaves)"),
-    Setting("direct_io", parse_switch, True, "on", "write past the page cache where the file system can"),
-    Setting("on_error", _one_of("warn", "raise"), "warn", "warn",
-            "what a failed snapshot does to training: `warn` logs it, `raise` raises it at the next step"),
-)  # fmt: skip
+    Setting(
+        "every",
+        str,
+        None,
+        "off",
+        "when a snapshot is due: `500`, `200 steps`, `30s`, `10m`, `2h`, `1 epoch`, `off`; "
+        "several joined by `,` mean whichever comes first; wins over the argument",
+        environment_wins=True,
+    ),
+    Setting(
+        "host_memory",
+        parse_size,
+        None,
+        "a quarter of the free memory",
+        "bound of the staging memory, such as `2GiB`; no more is used than the state needs, and a "
+        "step waits for the disk where the state is larger",
+    ),
+    Setting(
+        "codec",
+        _one_of("planes", "none"),
+        "planes",
+        "planes",
+        "how chunks are encoded: `planes` (smaller), `none` (as they are)",
+    ),
+    Setting(
+        "chunk_size",
+        parse_size,
+        4 * 2**20,
+        "4MiB",
+        "piece in which the state is staged, encoded, written; a multiple of 4KiB up to 64MiB",
+    ),
+    Setting(
+        "workers",
+        parse_count,
+        0,
+        "half of the cores, 2 to 8",
+        "background threads that encode and write",
+    ),
+    Setting(
+        "copy_threads",
+        parse_count,
+        0,
+        "the cores, at most 8",
+        "threads that copy host tensors while the step waits",
+    ),
+    Setting(
+        "nice",
+        parse_count,
+        10,
+        "10",
+        "priority of the workers, 0 (like training) to 19 (only what training leaves)",
+    ),
+    Setting(
+        "direct_io",
+        parse_switch,
+        True,
+        "on",
+        "write past the page cache where the file system can",
+    ),
+    Setting(
+        "on_error",
+        _one_of("warn", "raise"),
+        "warn",
+        "warn",
+        "what a failed snapshot does: `warn` logs it, `raise` raises it at the next step",
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Resolved settings; `Config.resolve` makes one. Sizes are bytes; 0 workers or threads and None mean automatic."""
+    """Resolved settings; `Config.resolve` makes one. Sizes are bytes; 0 workers or threads and
+    None mean automatic."""
 
     every: str | None
     host_memory: int | None
@@ -106,9 +170,11 @@ class Config:
 
     @classmethod
     def resolve(cls, environment: Mapping[str, str] | None = None, **arguments: object) -> Config:
-        """Settle every setting. An argument that is None counts as not given; text is parsed as in the environment.
+        """Settle every setting. An argument that is None counts as not given; text is parsed as in
+        the environment.
 
-        Raises ConfigError for an unknown argument or a value that does not parse, naming the argument or variable.
+        Raises ConfigError for an unknown argument or a value that does not parse, naming the
+        argument or variable.
         """
         environment = os.environ if environment is None else environment
         unknown = sorted(set(arguments) - {setting.name for setting in SETTINGS})
@@ -118,16 +184,26 @@ class Config:
         known_variables = {setting.variable for setting in SETTINGS}
         for variable in environment:
             if variable.startswith("PYSNAP_") and variable not in known_variables:
-                raise ConfigError(f"unknown environment variable {variable}; the known ones are {', '.join(sorted(known_variables))}")
+                known = ", ".join(sorted(known_variables))
+                raise ConfigError(
+                    f"unknown environment variable {variable}; the known ones are {known}"
+                )
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
         for setting in SETTINGS:
             argument = arguments.get(setting.name)
             text = environment.get(setting.variable)
             if text is not None and (argument is None or setting.environment_wins):
-                values[setting.name], sources[setting.name] = _parse(setting, text, setting.variable), setting.variable
+                values[setting.name], sources[setting.name] = (
+                    _parse(setting, text, setting.variable),
+                    setting.variable,
+                )
             elif argument is not None:
-                value = _parse(setting, argument, setting.name) if isinstance(argument, str) else argument
+                value = (
+                    _parse(setting, argument, setting.name)
+                    if isinstance(argument, str)
+                    else argument
+                )
                 values[setting.name], sources[setting.name] = value, "argument"
             else:
                 values[setting.name], sources[setting.name] = setting.default, "default"
@@ -142,14 +218,20 @@ class Config:
             raise ConfigError(f"{where} is {getattr(self, name)!r}; it must be {rule}")
 
         for name in ("chunk_size", "workers", "copy_threads", "nice"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+            if (
+                isinstance(getattr(self, name), bool)
+                or not isinstance(getattr(self, name), int)
+                or getattr(self, name) < 0
+            ):
                 refuse(name, "a whole number that is not negative")
         if self.chunk_size == 0 or self.chunk_size % _PAGE or self.chunk_size > _LARGEST_CHUNK:
             refuse("chunk_size", "a multiple of 4KiB, at most 64MiB")
         if self.nice > 19:
             refuse("nice", "between 0 and 19")
         if self.host_memory is not None and (
-            isinstance(self.host_memory, bool) or not isinstance(self.host_memory, int) or self.host_memory < 2 * self.chunk_size
+            isinstance(self.host_memory, bool)
+            or not isinstance(self.host_memory, int)
+            or self.host_memory < 2 * self.chunk_size
         ):
             refuse("host_memory", f"a number of bytes, at least two chunks ({2 * self.chunk_size})")
         if self.codec not in ("planes", "none"):

@@ -10,7 +10,8 @@ class Error(Exception):
 
 
 class ConfigError(Error, ValueError):
-    """A setting is unknown or malformed; the message names the argument or the environment variable."""
+    """A setting is unknown or malformed; the message names the argument or the environment
+    variable."""
 
 
 class StateError(Error, TypeError):
@@ -20,9 +21,14 @@ class StateError(Error, TypeError):
 class StorageError(Error, OSError):
     """The file system refused an operation; `errno` and `filename` say what and where."""
 
+    def __str__(self) -> str:
+        # The sentence names the path already, which OSError would repeat.
+        return f"{self.strerror} (errno {self.errno})"
+
     @classmethod
     def wrap(cls, error: OSError, doing: str, path: str | os.PathLike[str]) -> StorageError:
-        """The same failure as a `StorageError`: `doing` names the operation, `path` where it was tried."""
+        """The same failure as a `StorageError`: `doing` names the operation, `path` where it was
+        tried."""
         reason = error.strerror or str(error)
         return cls(error.errno, f"{doing} failed: {reason}", os.fspath(path))
 

@@ -13,14 +13,18 @@ from pysnap.repository import Snapshot, discard, is_snapshot, list_snapshots, ne
 from pysnap.restore import load_state
 
 
-def save(path: str | os.PathLike[str], state: object, *, metadata: dict[str, Any] | None = None) -> Path:
-    """Write `state`, nested values of the closed set of types with tensors, as one snapshot directory `path`, which must not exist.
+def save(
+    path: str | os.PathLike[str], state: object, *, metadata: dict[str, Any] | None = None
+) -> Path:
+    """Write `state`, nested values of the closed set of types with tensors, as one snapshot
+    directory `path`, which must not exist.
 
-    Returns when it is durable. Raises StateError for what cannot be stored and StorageError where the disk refuses; then there is no `path`.
+    Returns when it is durable. Raises StateError for what cannot be stored and StorageError
+    where the disk refuses; then there is no `path`.
     """
     target = Path(path).absolute()
     if os.path.lexists(target):
-        raise StorageError(17, "it exists; choose a new name", str(target))
+        raise StorageError(17, f"{target} exists; choose a new name", str(target))
     stager = Stager(Config.resolve())
     try:
         partial = new_partial(target.parent)
@@ -34,9 +38,11 @@ def save(path: str | os.PathLike[str], state: object, *, metadata: dict[str, Any
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """The whole state of a snapshot, or of the newest intact one of a repository, with new tensors on the CPU.
+    """The whole state of a snapshot, or of the newest intact one of a repository, with new tensors
+    on the CPU.
 
-    Raises NotFoundError where there is none, CorruptError where none is intact, FormatError for an unknown format.
+    Raises NotFoundError where there is none, CorruptError where none is intact, FormatError for
+    an unknown format.
     """
     root = Path(path)
     if is_snapshot(root):
@@ -52,12 +58,17 @@ def load(path: str | os.PathLike[str]) -> Any:
         except (CorruptError, StorageError) as error:
             failures.append(error)
     if failures:
-        raise CorruptError(f"{root} holds snapshots, but none is intact: " + "; ".join(map(str, failures)))
+        raise CorruptError(
+            f"{root} holds snapshots, but none is intact: " + "; ".join(map(str, failures))
+        )
     raise NotFoundError(f"{root} holds no snapshot")
 
 
-def _write(stager: Stager, state: object, partial: Path, target: Path, metadata: dict[str, Any]) -> Path:
-    # A state that is larger than the staging memory streams through, so copying and writing run side by side.
+def _write(
+    stager: Stager, state: object, partial: Path, target: Path, metadata: dict[str, Any]
+) -> Path:
+    # A state that is larger than the staging memory streams through, so copying and writing run
+    # side by side.
     from concurrent.futures import ThreadPoolExecutor
 
     capture = stager.begin(state)

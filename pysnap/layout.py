@@ -1,7 +1,8 @@
 """Where each tensor's bytes lie in the stream, and how the stream is cut into chunks.
 
-The bytes of one element type stand together, so that a chunk holds one; within a type, tensors keep the order of the tree. Tensors that share
-memory (tied weights, views) share bytes of the stream and are read once.
+The bytes of one element type stand together, so that a chunk holds one; within a type, tensors
+keep the order of the tree. Tensors that share memory (tied weights, views) share bytes of the
+stream and are read once.
 """
 
 from __future__ import annotations
@@ -22,15 +23,32 @@ Leaf: TypeAlias = "torch.Tensor | Array"
 
 _HOST = -1
 
-# Every torch data type that has whole bytes, by name, and the element type of its bytes. A torch that lacks one never shows it.
+# Every torch data type that has whole bytes, by name, and the element type of its bytes. A torch
+# that lacks one never shows it.
 TORCH_ELEMENTS = {
-    "bool": "u8", "uint8": "u8", "int8": "u8",
-    "float8_e4m3fn": "u8", "float8_e4m3fnuz": "u8", "float8_e5m2": "u8", "float8_e5m2fnuz": "u8", "float8_e8m0fnu": "u8",
+    "bool": "u8",
+    "uint8": "u8",
+    "int8": "u8",
+    "float8_e4m3fn": "u8",
+    "float8_e4m3fnuz": "u8",
+    "float8_e5m2": "u8",
+    "float8_e5m2fnuz": "u8",
+    "float8_e8m0fnu": "u8",
     "float4_e2m1fn_x2": "u8",
-    "int16": "i16", "uint16": "i16", "int32": "i32", "uint32": "i32", "int64": "i64", "uint64": "i64",
-    "float16": "f16", "bfloat16": "f16", "float32": "f32", "float64": "f64",
-    "complex32": "f16", "complex64": "f32", "complex128": "f64",
-}  # fmt: skip
+    "int16": "i16",
+    "uint16": "i16",
+    "int32": "i32",
+    "uint32": "i32",
+    "int64": "i64",
+    "uint64": "i64",
+    "float16": "f16",
+    "bfloat16": "f16",
+    "float32": "f32",
+    "float64": "f64",
+    "complex32": "f16",
+    "complex64": "f32",
+    "complex128": "f64",
+}
 _ELEMENT_WIDTH = {"u8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "f32": 4, "f64": 8}
 _NUMPY_ELEMENTS = {"f2": "f16", "f4": "f32", "f8": "f64", "c8": "f32", "c16": "f64"}
 _NUMPY_INTEGERS = {2: "i16", 4: "i32", 8: "i64"}
@@ -50,7 +68,8 @@ def array_element(dtype: np.dtype[Any]) -> str:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill one run of memory without gap or overlap, in whatever order (transposed, channels last)."""
+    """Whether the elements fill one run of memory without gap or overlap, in whatever order
+    (transposed, channels last)."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:
@@ -75,8 +94,9 @@ class _Source:
 class Plan:
     """Everything that a capture needs, and what the manifest says of it.
 
-    `extents` and `spans` are tables for the engine; `records[i]` describes leaf i; `keep` holds whatever must stay alive until the bytes have
-    been read (the leaves, and copies of those that have gaps).
+    `extents` and `spans` are tables for the engine; `records[i]` describes leaf i; `keep` holds
+    whatever must stay alive until the bytes have been read (the leaves, and copies of those that
+    have gaps).
     """
 
     records: list[Record]
@@ -96,7 +116,8 @@ class Planner:
         self._plan: Plan | None = None
 
     def plan(self, leaves: list[tuple[str, Leaf]]) -> Plan:
-        """The plan for these (path, leaf) pairs. Raises StateError for a type or a device that cannot be stored."""
+        """The plan for these (path, leaf) pairs. Raises StateError for a type or a device that
+        cannot be stored."""
         keep: list[Leaf] = []
         sources = [_source(path, leaf, keep) for path, leaf in leaves]
         if self._plan is None or sources != self._sources:
@@ -111,20 +132,32 @@ def _source(path: str, leaf: Leaf, keep: list[Leaf]) -> _Source:
         array = np.ascontiguousarray(leaf)
         keep.append(array)
         record = Record(array.dtype.str, tuple(leaf.shape), 0)
-        return _Source(array.__array_interface__["data"][0], array.nbytes, _HOST, array_element(array.dtype), record)
+        return _Source(
+            array.__array_interface__["data"][0],
+            array.nbytes,
+            _HOST,
+            array_element(array.dtype),
+            record,
+        )
     name = dtype_name(leaf.dtype)
     if name not in TORCH_ELEMENTS:
-        raise StateError(f'cannot store dtype {name} at "{path}"; convert the tensor to a type with whole bytes')
-    if leaf.device.type not in ("cpu", "cuda"):
-        raise StateError(f'cannot store a tensor on device {leaf.device} at "{path}"; move it to the CPU or a CUDA device')
-    tensor = leaf.detach().resolve_conj().resolve_neg()
+        raise StateError(
+            f'cannot store dtype {name} at "{path}"; convert the tensor to a type with whole bytes'
+        )
+    # The engine reads host memory; what lies elsewhere comes to it through pageable memory.
+    tensor = leaf.detach().resolve_conj().resolve_neg().cpu()
     if not is_dense(tensor):
         tensor = tensor.contiguous()
     keep.append(tensor)
     strides = None if tensor.is_contiguous() else tuple(tensor.stride())
-    device = _HOST if leaf.device.type == "cpu" else (leaf.device.index or 0)
     record = Record(name, tuple(tensor.shape), 0, strides)
-    return _Source(tensor.data_ptr(), tensor.numel() * tensor.element_size(), device, TORCH_ELEMENTS[name], record)
+    return _Source(
+        tensor.data_ptr(),
+        tensor.numel() * tensor.element_size(),
+        _HOST,
+        TORCH_ELEMENTS[name],
+        record,
+    )
 
 
 def _lay_out(sources: list[_Source], chunk_size: int) -> Plan:
@@ -142,15 +175,21 @@ def _lay_out(sources: list[_Source], chunk_size: int) -> Plan:
                     offsets[index] = at + length + sources[index].address - run.start
                 length += run.end - run.start
         at += length
-        cut = [chunk_size] * (length // chunk_size) + ([length % chunk_size] if length % chunk_size else [])
+        cut = [chunk_size] * (length // chunk_size) + (
+            [length % chunk_size] if length % chunk_size else []
+        )
         spans += [(size, ELEMENTS.index(element)) for size in cut]
     records = [
-        Record(source.record.dtype, source.record.shape, offsets.get(index, 0), source.record.strides)
+        Record(
+            source.record.dtype, source.record.shape, offsets.get(index, 0), source.record.strides
+        )
         for index, source in enumerate(sources)
     ]
     return Plan(
         records=records,
-        extents=np.array([(run.start, run.end - run.start, run.device) for run in runs], dtype=_engine.EXTENT),
+        extents=np.array(
+            [(run.start, run.end - run.start, run.device) for run in runs], dtype=_engine.EXTENT
+        ),
         spans=np.array(spans, dtype=_engine.SPAN),
         eager=len(spans),
         stream=at,
@@ -171,7 +210,8 @@ class _Run:
 
 
 def _merge(sources: list[_Source]) -> list[_Run]:
-    """Leaves that share memory become one run; all others one each. Leaves without bytes have none."""
+    """Leaves that share memory become one run; all others one each. Leaves without bytes have
+    none."""
     runs: list[_Run] = []
     order = sorted(
         (index for index, source in enumerate(sources) if source.length),
@@ -201,4 +241,9 @@ def extent_of(record: Record, itemsize: int) -> int:
         return 0
     if record.strides is None:
         return math.prod(record.shape) * itemsize
-    return (1 + sum((size - 1) * stride for size, stride in zip(record.shape, record.strides, strict=True))) * itemsize
+    return (
+        1
+        + sum(
+            (size - 1) * stride for size, stride in zip(record.shape, record.strides, strict=True)
+        )
+    ) * itemsize

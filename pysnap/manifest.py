@@ -26,7 +26,8 @@ _U64 = 2**64
 
 @dataclass(frozen=True)
 class Record:
-    """One tensor or array: data type, shape, offset of its first element in the stream in bytes, strides in elements (None: row major)."""
+    """One tensor or array: data type, shape, offset of its first element in the stream in bytes,
+    strides in elements (None: row major)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -36,7 +37,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says. `chunks` is a table of `_engine.CHUNK`, in the order of the stream."""
+    """What `manifest.json` says. `chunks` is a table of `_engine.CHUNK`, in the order of the
+    stream."""
 
     id: str
     step: int
@@ -76,16 +78,21 @@ class Manifest:
             "chunks": [_chunk_to_json(row) for row in self.chunks.tolist()],
         }
         try:
-            body = json.dumps(snapshot, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+            body = json.dumps(
+                snapshot, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+            ).encode()
         except (TypeError, ValueError) as error:
             raise StateError(f"the metadata of a snapshot must be plain JSON: {error}") from None
         return _PREFIX + _engine.digest(body).encode() + _MIDDLE + body + _SUFFIX
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Manifest:
-        """Parse and check; `where` names the file in errors. Raises CorruptError or, for an unknown format, FormatError."""
+        """Parse and check; `where` names the file in errors. Raises CorruptError or, for an
+        unknown format, FormatError."""
         start = len(_PREFIX) + _DIGEST_LENGTH
-        if not (data.startswith(_PREFIX) and data[start:].startswith(_MIDDLE) and data.endswith(_SUFFIX)):
+        if not (
+            data.startswith(_PREFIX) and data[start:].startswith(_MIDDLE) and data.endswith(_SUFFIX)
+        ):
             raise CorruptError(f"{where} is no manifest; the file is damaged or cut short")
         body = data[start + len(_MIDDLE) : -len(_SUFFIX)]
         if _engine.digest(body).encode() != data[len(_PREFIX) : start]:
@@ -96,7 +103,8 @@ class Manifest:
                 raise ValueError("it is no object")
             if snapshot.get("format") != FORMAT:
                 raise FormatError(
-                    f"{where} has format {snapshot.get('format')!r}, this version of pysnap reads format {FORMAT}; use a newer pysnap"
+                    f"{where} has format {snapshot.get('format')!r}, this version of pysnap reads "
+                    f"format {FORMAT}; use a newer pysnap"
                 )
             return _Parser(snapshot).manifest()
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -112,7 +120,15 @@ def _record_to_json(record: Record) -> dict[str, Any]:
 
 def _chunk_to_json(row: tuple[int, ...]) -> list[Any]:
     pack, raw, stored, element, encoding, offset, high, low = row
-    return [pack, offset, stored, raw, ELEMENTS[element], ENCODINGS[encoding], f"{high:016x}{low:016x}"]
+    return [
+        pack,
+        offset,
+        stored,
+        raw,
+        ELEMENTS[element],
+        ENCODINGS[encoding],
+        f"{high:016x}{low:016x}",
+    ]
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -155,7 +171,9 @@ class _Parser:
         if len({name for name, _ in packs}) != len(packs):
             raise ValueError("a pack is named twice")
         chunk_size = _natural(get("chunk_size"), "chunk_size", _LARGEST_CHUNK + 1)
-        rows = [self._chunk(entry, packs, chunk_size) for entry in _sequence(get("chunks"), "chunks")]
+        rows = [
+            self._chunk(entry, packs, chunk_size) for entry in _sequence(get("chunks"), "chunks")
+        ]
         stream = _natural(get("stream"), "stream")
         if sum(row[1] for row in rows) != stream:
             raise ValueError("the chunks do not cover the stream")
@@ -209,5 +227,7 @@ class _Parser:
             dtype=_text(entry["dtype"], "a dtype"),
             shape=tuple(_natural(size, "a size", 2**63) for size in shape),
             at=_natural(entry["at"], "at"),
-            strides=None if strides is None else tuple(_natural(stride, "a stride", 2**63) for stride in strides),
+            strides=None
+            if strides is None
+            else tuple(_natural(stride, "a stride", 2**63) for stride in strides),
         )

@@ -8,7 +8,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes that could be taken without swapping: those of the machine or of the cgroup, whichever is less."""
+    """Bytes that could be taken without swapping: those of the machine or of the cgroup,
+    whichever is less."""
     machine = _machine()
     group = _cgroup()
     return machine if group is None else min(machine, group)
@@ -27,7 +28,10 @@ def _cgroup() -> int | None:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         try:
-            bound, used = (_CGROUP / limit).read_text().strip(), (_CGROUP / usage).read_text().strip()
+            bound, used = (
+                (_CGROUP / limit).read_text().strip(),
+                (_CGROUP / usage).read_text().strip(),
+            )
         except OSError:
             continue
         return None if bound == "max" else max(0, int(bound) - int(used))

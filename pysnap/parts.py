@@ -1,4 +1,5 @@
-"""What a user registers: anything with `state_dict`/`load_state_dict`, or a plain container that is filled in place."""
+"""What a user registers: anything with `state_dict`/`load_state_dict`, or a plain container that
+is filled in place."""
 
 from __future__ import annotations
 
@@ -59,23 +60,26 @@ class _Container:
 def as_part(name: str, value: object) -> Stateful:
     """A registered object as a part. Raises ConfigError for what could not be put back."""
     if name in RESERVED:
-        raise ConfigError(f"{name!r} is a name of pysnap's own; register the object under another keyword")
+        raise ConfigError(
+            f"{name!r} is a name of pysnap's own; register the object under another keyword"
+        )
     if isinstance(value, Stateful):
         adapted: Stateful = as_loader_part(value)
         return adapted
     if isinstance(value, (dict, list, torch.Tensor, np.ndarray)):
         return _Container(value)
     raise ConfigError(
-        f"{name} is a {type(value).__qualname__}, which has no state_dict and load_state_dict and cannot be filled in place; "
-        "register an object that has them, or put the value into a dict"
+        f"{name} is a {type(value).__qualname__}, which has no state_dict and load_state_dict and "
+        "cannot be filled in place; register an object that has them, or put the value into a dict"
     )
 
 
 def load_parts(snapshot: Snapshot, parts: dict[str, Stateful]) -> dict[str, Any]:
     """Put every part back; returns the rest of the state (`progress`, `rng`).
 
-    Everything is compared before anything is touched: a difference raises MismatchError. Bytes go straight into the live tensors where shape and type
-    agree, and into new tensors otherwise (the state of a fresh optimizer).
+    Everything is compared before anything is touched: a difference raises MismatchError. Bytes
+    go straight into the live tensors where shape and type agree, and into new tensors otherwise
+    (the state of a fresh optimizer).
     """
     saved_tree = snapshot.manifest.tree
     if not isinstance(saved_tree, dict):
@@ -108,7 +112,9 @@ def _fits(leaf: Leaf, record: Record) -> bool:
     return describe(leaf) == describe(record)
 
 
-def _places(snapshot: Snapshot, live: dict[str, dict[str, Leaf]], saved: dict[str, dict[str, int]]) -> list[Leaf]:
+def _places(
+    snapshot: Snapshot, live: dict[str, dict[str, Leaf]], saved: dict[str, dict[str, int]]
+) -> list[Leaf]:
     """Where each record goes: the live leaf of its path, else a new one."""
     leaves = allocate(snapshot)
     for name, paths in saved.items():
@@ -120,9 +126,16 @@ def _places(snapshot: Snapshot, live: dict[str, dict[str, Leaf]], saved: dict[st
 
 
 def _compare(
-    snapshot: Snapshot, parts: dict[str, Stateful], live: dict[str, dict[str, Leaf]], saved: dict[str, dict[str, int]]
+    snapshot: Snapshot,
+    parts: dict[str, Stateful],
+    live: dict[str, dict[str, Leaf]],
+    saved: dict[str, dict[str, int]],
 ) -> None:
-    differences = [(name, "not registered", "present") for name in saved if name not in parts and name not in RESERVED]
+    differences = [
+        (name, "not registered", "present")
+        for name in saved
+        if name not in parts and name not in RESERVED
+    ]
     for name, part in parts.items():
         if name not in saved:
             differences.append((name, "registered", "missing"))
@@ -133,14 +146,19 @@ def _compare(
     if differences:
         rows = [("what", "live", "snapshot"), *differences[:_MOST_DIFFERENCES]]
         widths = [max(len(row[column]) for row in rows) for column in range(2)]
-        table = "\n".join(f"  {what:<{widths[0]}}  {here:<{widths[1]}}  {there}" for what, here, there in rows)
+        table = "\n".join(
+            f"  {what:<{widths[0]}}  {here:<{widths[1]}}  {there}" for what, here, there in rows
+        )
         more = len(differences) - _MOST_DIFFERENCES
         raise MismatchError(
-            f"{snapshot.path} does not fit the live objects; nothing was changed:\n{table}" + (f"\n  and {more} more" if more > 0 else "")
+            f"{snapshot.path} does not fit the live objects; nothing was changed:\n{table}"
+            + (f"\n  and {more} more" if more > 0 else "")
         )
 
 
-def _compare_tensors(name: str, live: dict[str, Leaf], saved: dict[str, int], snapshot: Snapshot) -> list[tuple[str, str, str]]:
+def _compare_tensors(
+    name: str, live: dict[str, Leaf], saved: dict[str, int], snapshot: Snapshot
+) -> list[tuple[str, str, str]]:
     differences = []
     for path in [*live, *(path for path in saved if path not in live)]:
         leaf = live.get(path)
@@ -150,7 +168,9 @@ def _compare_tensors(name: str, live: dict[str, Leaf], saved: dict[str, int], sn
     return differences
 
 
-def _compare_groups(name: str, optimizer: torch.optim.Optimizer, node: Any) -> list[tuple[str, str, str]]:
+def _compare_groups(
+    name: str, optimizer: torch.optim.Optimizer, node: Any
+) -> list[tuple[str, str, str]]:
     here = [len(group["params"]) for group in optimizer.param_groups]
     try:
         there = [len(group["params"]) for group in node["param_groups"]]

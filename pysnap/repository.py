@@ -1,4 +1,5 @@
-"""The directory of one run: which snapshots are in it, how one is added (the commit) and how one is removed.
+"""The directory of one run: which snapshots are in it, how one is added (the commit) and how one is
+removed.
 
 The commit is `publish`; its statements are the proof of P1 and P2 (docs/format.md section 6).
 """
@@ -9,8 +10,10 @@ import contextlib
 import json
 import re
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from pysnap import storage
 from pysnap.errors import CorruptError, Error, FormatError, NotFoundError, StorageError
@@ -36,7 +39,8 @@ class Snapshot:
 
     @classmethod
     def open(cls, path: Path) -> Snapshot:
-        """Read the manifest of a snapshot directory. Raises NotFoundError, CorruptError, FormatError or StorageError."""
+        """Read the manifest of a snapshot directory. Raises NotFoundError, CorruptError,
+        FormatError or StorageError."""
         file = path / _MANIFEST
         try:
             data = storage.read_file(file, _LARGEST_MANIFEST)
@@ -58,7 +62,8 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Listing:
-    """What is in a repository: the readable snapshots, newest first, and what could not be read, with the reason."""
+    """What is in a repository: the readable snapshots, newest first, and what could not be read,
+    with the reason."""
 
     snapshots: list[Snapshot]
     damaged: list[tuple[Path, Error]]
@@ -69,10 +74,11 @@ def is_snapshot(path: Path) -> bool:
     return (path / _MANIFEST).exists()
 
 
-def list_snapshots(root: Path) -> Listing:
+def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType({})) -> Listing:
     """Everything committed in the repository at `root`. Safe beside a writer; takes no lock.
 
-    Raises NotFoundError where there is no repository and FormatError where it has an unknown format.
+    The manifest of a `known` snapshot is not read again. Raises NotFoundError where there is no
+    repository and FormatError where it has an unknown format.
     """
     _check_header(root)
     snapshots: list[Snapshot] = []
@@ -82,7 +88,7 @@ def list_snapshots(root: Path) -> Listing:
             continue
         path = root / name
         try:
-            snapshots.append(Snapshot.open(path))
+            snapshots.append(known.get(path) or Snapshot.open(path))
         except (CorruptError, FormatError, NotFoundError, StorageError) as error:
             # The writer may have deleted it since the directory was listed.
             if path.exists():
@@ -92,13 +98,16 @@ def list_snapshots(root: Path) -> Listing:
 
 
 def publish(partial: Path, manifest: Manifest, path: Path) -> Snapshot:
-    """The commit: make `partial`, whose packs are durable, the visible and durable snapshot `path`, which must not exist."""
-    # The manifest is written after the packs it names, and the directory's names after the files they name.
+    """The commit: make `partial`, whose packs are durable, the visible and durable snapshot
+    `path`, which must not exist."""
+    # The manifest is written after the packs it names, and the directory's names after the files
+    # they name.
     storage.write_file(partial / _MANIFEST, manifest.to_bytes())
     storage.sync_directory(partial)
     # Before the rename there is no snapshot, after it there is a whole one.
     storage.rename(partial, path)
-    # Only this makes the rename survive a power cut. Until it returns nobody may count on the snapshot.
+    # Only this makes the rename survive a power cut. Until it returns nobody may count on the
+    # snapshot.
     storage.sync_directory(path.parent)
     return Snapshot(path, manifest)
 
@@ -111,18 +120,21 @@ def new_partial(parent: Path) -> Path:
 
 
 def discard(partial: Path) -> None:
-    """Remove what a failed snapshot left, as far as that is possible; the next writer removes the rest."""
+    """Remove what a failed snapshot left, as far as that is possible; the next writer removes
+    the rest."""
     with contextlib.suppress(StorageError):
         storage.remove_directory(partial)
 
 
 class Repository:
-    """The one writer of a repository. Not thread safe: the committing thread is the only one that uses it after construction."""
+    """The one writer of a repository. Not thread safe: the committing thread is the only one
+    that uses it after construction."""
 
     def __init__(self, root: Path) -> None:
         """Open or create the repository, take the writer lock and remove what dead writers left.
 
-        Raises BusyError, FormatError, or StorageError (an unwritable path, a file where the directory should be).
+        Raises BusyError, FormatError, or StorageError (an unwritable path, a file where the
+        directory should be).
         """
         self.root = root
         _make_root(root)
@@ -137,7 +149,10 @@ class Repository:
         except BaseException:
             self.close()
             raise
-        self._next_sequence = 1 + max((snapshot.manifest.sequence for snapshot in listing.snapshots), default=0)
+        self._known = {snapshot.path: snapshot for snapshot in listing.snapshots}
+        self._next_sequence = 1 + max(
+            (snapshot.manifest.sequence for snapshot in listing.snapshots), default=0
+        )
 
     def begin(self) -> Path:
         """A new directory for the packs of one snapshot."""
@@ -159,8 +174,10 @@ class Repository:
         return snapshot
 
     def list(self) -> Listing:
-        """Everything committed."""
-        return list_snapshots(self.root)
+        """Everything committed. Manifests do not change, so each is read once."""
+        listing = list_snapshots(self.root, self._known)
+        self._known = {snapshot.path: snapshot for snapshot in listing.snapshots}
+        return listing
 
     def delete(self, path: Path) -> None:
         """Remove a snapshot: it disappears at once and whole."""
@@ -175,7 +192,11 @@ class Repository:
 
     def _free_name(self, step: int) -> Path:
         name = f"step-{step:09d}"
-        taken = [match for match in map(_SNAPSHOT_NAME.fullmatch, storage.list_directory(self.root)) if match and int(match[1]) == step]
+        taken = [
+            match
+            for match in map(_SNAPSHOT_NAME.fullmatch, storage.list_directory(self.root))
+            if match and int(match[1]) == step
+        ]
         if not taken:
             return self.root / name
         return self.root / f"{name}.{1 + max(int(match[2] or 0) for match in taken)}"
@@ -191,7 +212,10 @@ def _make_root(root: Path) -> None:
     # Hidden names may be ours: another process may be making the same repository.
     others = [name for name in storage.list_directory(root) if not name.startswith(".")]
     if others:
-        raise NotFoundError(f"{root} is no repository and holds other files, such as {others[0]}; choose a new or empty directory")
+        raise NotFoundError(
+            f"{root} is no repository and holds other files, such as {others[0]}; "
+            "choose a new or empty directory"
+        )
 
 
 def _make_header(root: Path) -> None:
@@ -217,6 +241,11 @@ def _check_header(root: Path) -> None:
         header = json.loads(data)
         format_number = header["format"] if header["pysnap"] == "repository" else None
     except (ValueError, KeyError, TypeError):
-        raise CorruptError(f"{file} is damaged; restore it from another repository of the same format") from None
+        raise CorruptError(
+            f"{file} is damaged; restore it from another repository of the same format"
+        ) from None
     if format_number != FORMAT:
-        raise FormatError(f"{root} has format {format_number!r}, this version of pysnap reads format {FORMAT}; use a newer pysnap")
+        raise FormatError(
+            f"{root} has format {format_number!r}, this version of pysnap reads format {FORMAT}; "
+            "use a newer pysnap"
+        )

@@ -19,7 +19,8 @@ _HOST = -1
 
 
 def load_state(snapshot: Snapshot) -> object:
-    """The whole state of a snapshot, in new tensors on the CPU; those that shared memory share it again."""
+    """The whole state of a snapshot, in new tensors on the CPU; those that shared memory share
+    it again."""
     leaves = allocate(snapshot)
     state = tree.decode(snapshot.manifest.tree, leaves.__getitem__)
     fill(snapshot, enumerate(leaves))
@@ -27,7 +28,8 @@ def load_state(snapshot: Snapshot) -> object:
 
 
 def allocate(snapshot: Snapshot) -> list[Leaf]:
-    """A new, empty tensor or array for every record. Raises CorruptError for a record that cannot be."""
+    """A new, empty tensor or array for every record. Raises CorruptError for a record that
+    cannot be."""
     manifest = snapshot.manifest
     itemsizes = [_itemsize(record, snapshot) for record in manifest.tensors]
     leaves: list[Leaf | None] = [None] * len(manifest.tensors)
@@ -36,15 +38,17 @@ def allocate(snapshot: Snapshot) -> list[Leaf]:
         for index in members:
             leaves[index] = _view(storage, manifest.tensors[index], itemsizes[index], start)
     return [
-        leaf if leaf is not None else _new(manifest.tensors[index]) for index, leaf in enumerate(leaves)
+        leaf if leaf is not None else _new(manifest.tensors[index])
+        for index, leaf in enumerate(leaves)
     ]
 
 
 def fill(snapshot: Snapshot, places: Iterable[tuple[int, Leaf]]) -> None:
-    """Read record `index` into each leaf, which has its shape and dtype, in place; only the chunks that hold them are read.
+    """Read record `index` into each leaf, which has its shape and dtype, in place; only the chunks
+    that hold them are read.
 
-    Every chunk is checked before its bytes reach a leaf; a damaged one raises CorruptError that names the file and the tensors, and leaves
-    other chunks' bytes in place.
+    Every chunk is checked before its bytes reach a leaf; a damaged one raises CorruptError that
+    names the file and the tensors, and leaves other chunks' bytes in place.
     """
     manifest = snapshot.manifest
     targets: list[tuple[int, int, int, int]] = []
@@ -53,7 +57,9 @@ def fill(snapshot: Snapshot, places: Iterable[tuple[int, Leaf]]) -> None:
         record = manifest.tensors[index]
         if isinstance(leaf, np.ndarray):
             if not (leaf.flags.c_contiguous and leaf.flags.writeable):
-                raise MismatchError("an array is not contiguous or not writeable; register one that is")
+                raise MismatchError(
+                    "an array is not contiguous or not writeable; register one that is"
+                )
             targets.append((record.at, leaf.__array_interface__["data"][0], leaf.nbytes, _HOST))
             continue
         tensor = leaf.detach()
@@ -62,7 +68,9 @@ def fill(snapshot: Snapshot, places: Iterable[tuple[int, Leaf]]) -> None:
             assert isinstance(staging, torch.Tensor)
             indirect.append((tensor, staging))
             tensor = staging
-        targets.append((record.at, tensor.data_ptr(), tensor.numel() * tensor.element_size(), _HOST))
+        targets.append(
+            (record.at, tensor.data_ptr(), tensor.numel() * tensor.element_size(), _HOST)
+        )
     _check_overlap(targets, snapshot)
     table = np.array(sorted(set(targets)), dtype=_engine.TARGET)
     try:
@@ -74,7 +82,9 @@ def fill(snapshot: Snapshot, places: Iterable[tuple[int, Leaf]]) -> None:
             zstd=zstd_libraries(),
         )
     except CorruptError as error:
-        raise CorruptError(_name_tensors(str(error), getattr(error, "chunk", None), snapshot)) from None
+        raise CorruptError(
+            _name_tensors(str(error), getattr(error, "chunk", None), snapshot)
+        ) from None
     for tensor, staging in indirect:
         tensor.copy_(staging)
 
@@ -103,26 +113,36 @@ def _itemsize(record: Record, snapshot: Snapshot) -> int:
     if record.dtype in TORCH_ELEMENTS:
         dtype = getattr(torch, record.dtype, None)
         if dtype is None:
-            raise MismatchError(f"{snapshot.path} holds a tensor of dtype {record.dtype}, which this version of torch does not have")
+            raise MismatchError(
+                f"{snapshot.path} holds a tensor of dtype {record.dtype}, which this version of "
+                "torch does not have; use a newer torch"
+            )
         return int(dtype.itemsize)
     try:
         dtype = np.dtype(record.dtype)
     except TypeError:
-        raise CorruptError(f"{snapshot.path} holds a tensor of unknown dtype {record.dtype!r}") from None
+        raise CorruptError(
+            f"{snapshot.path} holds a tensor of unknown dtype {record.dtype!r}"
+        ) from None
     if dtype.hasobject or dtype.str != record.dtype:
         raise CorruptError(f"{snapshot.path} holds a tensor of unknown dtype {record.dtype!r}")
     return dtype.itemsize
 
 
-def _shared_ranges(manifest: Manifest, itemsizes: list[int], snapshot: Snapshot) -> list[tuple[int, int, list[int]]]:
-    """Ranges of the stream, and the tensors in each that share memory; arrays and tensors without elements are in none."""
+def _shared_ranges(
+    manifest: Manifest, itemsizes: list[int], snapshot: Snapshot
+) -> list[tuple[int, int, list[int]]]:
+    """Ranges of the stream, and the tensors in each that share memory; arrays and tensors
+    without elements are in none."""
     stream = manifest.stream
     ranges: list[tuple[int, int, list[int]]] = []
     for index in sorted(range(len(itemsizes)), key=lambda index: manifest.tensors[index].at):
         record = manifest.tensors[index]
         end = record.at + extent_of(record, itemsizes[index])
         if end > stream:
-            raise CorruptError(f"{snapshot.path} holds a tensor that reaches past the end of the stream")
+            raise CorruptError(
+                f"{snapshot.path} holds a tensor that reaches past the end of the stream"
+            )
         if end == record.at or record.dtype not in TORCH_ELEMENTS:
             continue
         if ranges and record.at < ranges[-1][1]:
@@ -133,12 +153,16 @@ def _shared_ranges(manifest: Manifest, itemsizes: list[int], snapshot: Snapshot)
     return ranges
 
 
-def _view(storage: torch.UntypedStorage, record: Record, itemsize: int, start: int) -> torch.Tensor | None:
+def _view(
+    storage: torch.UntypedStorage, record: Record, itemsize: int, start: int
+) -> torch.Tensor | None:
     offset = record.at - start
     if offset % itemsize:
         return None
     strides = record.strides or _row_major(record.shape)
-    return torch.empty(0, dtype=getattr(torch, record.dtype)).set_(storage, offset // itemsize, record.shape, strides)
+    return torch.empty(0, dtype=getattr(torch, record.dtype)).set_(
+        storage, offset // itemsize, record.shape, strides
+    )
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -153,15 +177,21 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _new(record: Record) -> Leaf:
     if record.dtype not in TORCH_ELEMENTS:
         return np.empty(record.shape, dtype=record.dtype)
-    return torch.empty_strided(record.shape, record.strides or _row_major(record.shape), dtype=getattr(torch, record.dtype))
+    return torch.empty_strided(
+        record.shape, record.strides or _row_major(record.shape), dtype=getattr(torch, record.dtype)
+    )
 
 
 def _check_overlap(targets: list[tuple[int, int, int, int]], snapshot: Snapshot) -> None:
-    """Live tensors that share memory must share bytes of the stream in the same way, else one would overwrite the other."""
+    """Live tensors that share memory must share bytes of the stream in the same way, else one
+    would overwrite the other."""
     end, shift = 0, 0
     for at, address, length, _ in sorted(targets, key=lambda target: (target[1], -target[2])):
         if length and address < end and address - at != shift:
-            raise MismatchError(f"tensors that share memory (are tied) in the live state do not in {snapshot.path}; tie them in the same way")
+            raise MismatchError(
+                "tensors that share memory (are tied) in the live state do not in "
+                f"{snapshot.path}; tie them in the same way"
+            )
         if address + length > end:
             end, shift = address + length, address - at
 
@@ -177,7 +207,9 @@ def _name_tensors(message: str, chunk: int | None, snapshot: Snapshot) -> str:
         path
         for path, index in tree.leaves(manifest.tree)
         if manifest.tensors[index].at < end
-        and manifest.tensors[index].at + extent_of(manifest.tensors[index], _itemsize(manifest.tensors[index], snapshot)) > start
+        and manifest.tensors[index].at
+        + extent_of(manifest.tensors[index], _itemsize(manifest.tensors[index], snapshot))
+        > start
     ]
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f"{message}; it holds {shown}"

@@ -21,19 +21,24 @@ def capture() -> dict[str, Any]:
     python = {"version": version, "words": np.array(words, dtype="<u4").tobytes(), "gauss": gauss}
     state = np.random.get_state(legacy=False)
     assert isinstance(state, dict)
-    inner = {key: value.tobytes() if isinstance(value, np.ndarray) else value for key, value in state["state"].items()}
+    inner = {
+        key: value.tobytes() if isinstance(value, np.ndarray) else value
+        for key, value in state["state"].items()
+    }
     # A CUDA context is not made for this: without one, no program has drawn from it.
-    cuda = [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else []
+    has_cuda = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch's own gap
+    cuda = torch.cuda.get_rng_state_all() if has_cuda else []
     return {
         "python": python,
         "numpy": {**state, "state": inner},
         "torch": torch.get_rng_state().numpy().tobytes(),
-        "cuda": cuda,
+        "cuda": [device.numpy().tobytes() for device in cuda],
     }
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Put back what `capture` returned; the last step of a resume, for others may draw. Raises CorruptError for anything else.
+    """Put back what `capture` returned; the last step of a resume, for others may draw. Raises
+    CorruptError for anything else.
 
     States of CUDA devices that this machine does not have are named in a warning.
     """
@@ -41,7 +46,8 @@ def restore(state: dict[str, Any]) -> None:
         python, numpy, cuda = state["python"], state["numpy"], state["cuda"]
         words = tuple(np.frombuffer(python["words"], dtype="<u4").tolist())
         inner = {
-            key: np.frombuffer(value, dtype=np.uint32) if isinstance(value, bytes) else value for key, value in numpy["state"].items()
+            key: np.frombuffer(value, dtype=np.uint32) if isinstance(value, bytes) else value
+            for key, value in numpy["state"].items()
         }
         random.setstate((python["version"], words, python["gauss"]))
         np.random.set_state({**numpy, "state": inner})
@@ -54,7 +60,11 @@ def restore(state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(_tensor(device_state), index)
     if len(cuda) > present:
         missing = ", ".join(f"cuda:{index}" for index in range(present, len(cuda)))
-        _log.warning("the snapshot holds the random state of %s, which this machine does not have; it is not restored", missing)
+        _log.warning(
+            "the snapshot holds the random state of %s, which this machine does not have; "
+            "it is not restored",
+            missing,
+        )
 
 
 def _tensor(state: bytes) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""The only door of the Python half to the file system: each call is one durable step of design section 6.
+"""The only door of the Python half to the file system: each call is one durable step of design
+section 6.
 
 Failures are StorageErrors that name the operation and the path.
 """
@@ -30,9 +31,12 @@ def make_directory(path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Create a file that must not exist (0600), whole and durable. A failure is final: the file is not tried again."""
+    """Create a file that must not exist (0600), whole and durable. A failure is final: the file
+    is not tried again."""
     with _told("writing", path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(
+            path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
         try:
             left = memoryview(data)
             while left:
@@ -95,7 +99,8 @@ def list_directory(path: Path) -> list[str]:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory of plain files; links are removed, never followed. What holds a directory is refused."""
+    """Remove a directory of plain files; links are removed, never followed. What holds a
+    directory is refused."""
     with _told("removing", path):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -107,27 +112,33 @@ def remove_directory(path: Path) -> None:
 
 
 class WriterLock:
-    """`flock` on a file, held until `release()`, the end of the process, or (in a forked child) the fork."""
+    """`flock` on a file, held until `release()`, the end of the process, or (in a forked child)
+    the fork."""
 
     def __init__(self, path: Path) -> None:
         """Take the lock; BusyError names the process that holds it."""
         self._path = path
         with _told("opening", path):
-            self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            self._descriptor: int | None = os.open(
+                path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            )
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(self._descriptor, 200, 0).decode("utf-8", "replace").strip()
             self.release()
             raise BusyError(
-                f"{path.parent} is in use by another writer ({holder or 'unknown'}); end it or use another repository"
+                f"{path.parent} is in use by another writer ({holder or 'unknown'}); "
+                "end it or use another repository"
             ) from None
         except OSError as error:
             self.release()
             raise StorageError.wrap(error, f"locking {path}", path) from error
         with _told("writing", path):
             os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+            os.pwrite(
+                self._descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0
+            )
         # A forked worker shares the lock and would keep it when this process is killed.
         os.register_at_fork(after_in_child=self.release)
 

@@ -100,16 +100,20 @@ class _Names:
     """Makes paths unique."""
 
     def __init__(self) -> None:
-        self._uses: dict[str, int] = {}
+        self._taken: set[str] = set()
+        self._counts: dict[str, int] = {}
 
     def unique(self, path: str) -> str:
-        name, uses = path, self._uses.get(path, 0)
-        while name in self._uses:
-            uses += 1
-            name = f"{path}#{uses}"
-        self._uses[path] = max(uses, 1)
-        self._uses.setdefault(name, 1)
-        return name
+        if path not in self._taken:
+            self._taken.add(path)
+            return path
+        # Counting goes on where it ended, so that many equal paths do not take quadratic time.
+        count = self._counts.get(path, 1) + 1
+        while f"{path}#{count}" in self._taken:
+            count += 1
+        self._counts[path] = count
+        self._taken.add(f"{path}#{count}")
+        return f"{path}#{count}"
 
 
 def _part(key: object) -> str:

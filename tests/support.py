@@ -30,24 +30,38 @@ class Noisy(Dataset[torch.Tensor]):
 
 
 class Run:
-    """A training run with everything that a resume must bring back; `seed` is what the process starts with."""
+    """A training run with everything that a resume must bring back; `seed` is what the process
+    starts with."""
 
     def __init__(self, seed: int = 0) -> None:
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
         self.model = torch.nn.Sequential(
-            torch.nn.Linear(6, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Dropout(0.3), torch.nn.Linear(16, 6)
+            torch.nn.Linear(6, 16),
+            torch.nn.BatchNorm1d(16),
+            torch.nn.ReLU(),
+            torch.nn.Dropout(0.3),
+            torch.nn.Linear(16, 6),
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / 10))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / 10)
+        )
         self.loader = pysnap.resumable(DataLoader(Noisy(22), batch_size=4, shuffle=True))
 
     @property
     def parts(self) -> dict[str, Any]:
-        return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "loader": self.loader}
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "loader": self.loader,
+        }
 
-    def train(self, snapshotter: pysnap.Snapshotter, *, epochs: int = 3) -> Iterator[tuple[int, str]]:
+    def train(
+        self, snapshotter: pysnap.Snapshotter, *, epochs: int = 3
+    ) -> Iterator[tuple[int, str]]:
         """Step number and exact loss of every step that is left."""
         for _ in snapshotter.epochs(epochs):
             for batch in self.loader:
@@ -87,7 +101,11 @@ def assert_same(left: Any, right: Any, path: str = "") -> None:
         assert left.dtype == right.dtype and left.shape == right.shape, path
         assert bits(left) == bits(right), f"{path}: other bits"
     elif isinstance(left, np.ndarray):
-        assert left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes(), path
+        assert (
+            left.dtype == right.dtype
+            and left.shape == right.shape
+            and left.tobytes() == right.tobytes()
+        ), path
     elif isinstance(left, float) and math.isnan(left):
         assert math.isnan(right), path
     else:

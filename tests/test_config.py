@@ -24,7 +24,8 @@ def test_the_cadence_of_the_environment_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("4096", 4096), ("2KiB", 2048), ("1.5 GB", 1_500_000_000), ("1tib", 2**40), ("7b", 7)]
+    ("text", "size"),
+    [("4096", 4096), ("2KiB", 2048), ("1.5 GB", 1_500_000_000), ("1tib", 2**40), ("7b", 7)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
@@ -55,7 +56,9 @@ def test_cadences(rule: str | int | None, cadence: Cadence) -> None:
     assert Cadence.parse(rule, "every") == cadence
 
 
-@pytest.mark.parametrize("rule", ["", "0", "-5", "10 minutes", "1.5h", "off, 5m", "5,6", "5 steps 6", "sometimes"])
+@pytest.mark.parametrize(
+    "rule", ["", "0", "-5", "10 minutes", "1.5h", "off, 5m", "5,6", "5 steps 6", "sometimes"]
+)
 def test_cadences_that_do_not_parse(rule: str) -> None:
     with pytest.raises(ConfigError, match="PYSNAP_EVERY"):
         Cadence.parse(rule, "PYSNAP_EVERY")
@@ -64,4 +67,6 @@ def test_cadences_that_do_not_parse(rule: str) -> None:
 def test_the_table_in_the_readme_is_the_one_in_the_code() -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text()
     rows = re.findall(r"^\| `(PYSNAP_\w+)` \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
-    assert rows == [(setting.variable, setting.shown_default, setting.meaning) for setting in SETTINGS]
+    assert rows == [
+        (setting.variable, setting.shown_default, setting.meaning) for setting in SETTINGS
+    ]

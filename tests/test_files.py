@@ -1,4 +1,5 @@
-"""pysnap.save and pysnap.load: what goes in comes out, by the engine and by the independent reader."""
+"""pysnap.save and pysnap.load: what goes in comes out, by the engine and by the independent
+reader."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import assert_same, bits, flip
 
 import pysnap
 from pysnap import reader
 from pysnap.layout import TORCH_ELEMENTS
-from support import assert_same, bits, flip
 
 ALL_DTYPES = [getattr(torch, name) for name in TORCH_ELEMENTS if hasattr(torch, name)]
 
@@ -20,10 +21,19 @@ ALL_DTYPES = [getattr(torch, name) for name in TORCH_ELEMENTS if hasattr(torch, 
 def random_tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     """Random bits as a tensor: every value of the type occurs, nan payloads too."""
     count = int(np.prod(shape))
-    raw = torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    return (raw % 2).bool().reshape(shape) if dtype is torch.bool else raw.view(dtype).reshape(shape)
+    raw = torch.randint(
+        0,
+        256,
+        (count * dtype.itemsize,),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(3),
+    )
+    return (
+        (raw % 2).bool().reshape(shape) if dtype is torch.bool else raw.view(dtype).reshape(shape)
+    )
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")  # torch warns of complex32 wherever it is made
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = random_tensor(dtype, 7, 33)
@@ -34,7 +44,9 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("codec", ["planes", "none"])
-def test_the_independent_reader_sees_the_same_values(tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_independent_reader_sees_the_same_values(
+    tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYSNAP_CODEC", codec)
     monkeypatch.setenv("PYSNAP_CHUNK_SIZE", "64KiB")
     generator = torch.Generator().manual_seed(0)
@@ -75,7 +87,9 @@ def test_tied_weights_are_stored_once_and_tied_again(tmp_path: Path) -> None:
 
 def test_views_of_one_tensor_are_views_again(tmp_path: Path) -> None:
     base = torch.arange(100, dtype=torch.float32)
-    loaded = pysnap.load(pysnap.save(tmp_path / "s", {"head": base[:60], "tail": base[40:], "all": base}))
+    loaded = pysnap.load(
+        pysnap.save(tmp_path / "s", {"head": base[:60], "tail": base[40:], "all": base})
+    )
     assert_same(loaded, {"head": base[:60], "tail": base[40:], "all": base})
     loaded["all"][50] = -1
     assert loaded["head"][50] == -1 and loaded["tail"][10] == -1
@@ -99,7 +113,17 @@ def test_separate_tensors_do_not_share_memory_after_load(tmp_path: Path) -> None
         torch.complex(torch.ones(3), torch.arange(3.0)).conj(),
         torch.complex(torch.ones(3), torch.arange(3.0)).conj().imag,
     ],
-    ids=["transposed", "gaps", "channels-last", "expanded", "slice", "empty", "scalar", "conjugate", "negative"],
+    ids=[
+        "transposed",
+        "gaps",
+        "channels-last",
+        "expanded",
+        "slice",
+        "empty",
+        "scalar",
+        "conjugate",
+        "negative",
+    ],
 )
 def test_tensors_of_any_layout(tmp_path: Path, tensor: torch.Tensor) -> None:
     loaded = pysnap.load(pysnap.save(tmp_path / "s", tensor))
@@ -116,10 +140,14 @@ def test_optimizer_state_with_integer_keys(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(2, 5)).sum().backward()
     optimizer.step()
-    assert_same(pysnap.load(pysnap.save(tmp_path / "s", optimizer.state_dict())), optimizer.state_dict())
+    assert_same(
+        pysnap.load(pysnap.save(tmp_path / "s", optimizer.state_dict())), optimizer.state_dict()
+    )
 
 
-def test_a_state_larger_than_the_staging_memory_streams_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_larger_than_the_staging_memory_streams_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYSNAP_CHUNK_SIZE", "4KiB")
     monkeypatch.setenv("PYSNAP_HOST_MEMORY", "8KiB")
     state = {"x": torch.randn(50_000)}

@@ -14,11 +14,19 @@ PACKAGE = Path(__file__).parent.parent / "pysnap"
 # A module may import those of the layers below its own, and those it names beside it.
 LAYERS: list[dict[str, set[str]]] = [
     {"errors": set(), "_version": set(), "memory": set(), "reader": set()},
-    {"config": set(), "cadence": set(), "storage": set(), "tree": set(), "rng": set(), "loader": set(), "manifest": set()},
+    {
+        "config": set(),
+        "cadence": set(),
+        "storage": set(),
+        "tree": set(),
+        "rng": set(),
+        "loader": set(),
+        "manifest": set(),
+    },
     {"layout": {"manifest"}, "repository": {"manifest", "storage"}},
     {"capture": set(), "retention": set()},
     {"restore": set()},
-    {"parts": set(), "files": set()},
+    {"parts": set(), "files": set(), "commit": set()},
     {"snapshotter": set()},
     {"demo": set()},
     {"cli": set()},
@@ -36,15 +44,25 @@ def imports_of(name: str) -> set[str]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "pysnap":
                 found |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pysnap."):
+            elif (
+                isinstance(node, ast.ImportFrom)
+                and node.module
+                and node.module.startswith("pysnap.")
+            ):
                 found.add(node.module.split(".")[1])
             elif isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pysnap.")}
+                found |= {
+                    alias.name.split(".")[1]
+                    for alias in node.names
+                    if alias.name.startswith("pysnap.")
+                }
     return found - {name, NATIVE}
 
 
 def test_every_module_has_a_layer() -> None:
-    modules = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    }
     assert modules == {name for layer in LAYERS for name in layer}
 
 
@@ -63,7 +81,17 @@ def test_modules_import_only_what_lies_below(name: str) -> None:
     assert imported <= allowed, f"{name} must not import {sorted(imported - allowed)}"
 
 
-@pytest.mark.parametrize("module", ["pysnap", "pysnap._engine", "pysnap.reader", "pysnap.storage", "pysnap.repository", "pysnap.manifest"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "pysnap",
+        "pysnap._engine",
+        "pysnap.reader",
+        "pysnap.storage",
+        "pysnap.repository",
+        "pysnap.manifest",
+    ],
+)
 def test_loads_without_torch(module: str, tmp_path: Path) -> None:
     code = f"import sys; sys.modules['torch'] = None; import {module}"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
@@ -71,5 +99,9 @@ def test_loads_without_torch(module: str, tmp_path: Path) -> None:
 
 def test_only_the_bindings_know_python() -> None:
     csrc = PACKAGE.parent / "csrc"
-    users = {path.name for path in csrc.iterdir() if "pybind11" in path.read_text() or "Python.h" in path.read_text()}
+    users = {
+        path.name
+        for path in csrc.iterdir()
+        if "pybind11" in path.read_text() or "Python.h" in path.read_text()
+    }
     assert users == {"bindings.cpp"}

@@ -11,35 +11,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import Run, assert_same
 
 import pysnap
 from pysnap import reader
-from support import Run, assert_same
 
 STEPS = 18  # three epochs of six batches
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[int, str]], dict[str, object]]:
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[list[tuple[int, str]], dict[str, object]]:
     run = Run()
-    with pysnap.Snapshotter(tmp_path_factory.mktemp("reference"), **run.parts, every="off") as snapshotter:
+    with pysnap.Snapshotter(
+        tmp_path_factory.mktemp("reference"), **run.parts, every="off"
+    ) as snapshotter:
         losses = list(run.train(snapshotter))
     assert len(losses) == STEPS
     return losses, run.state()
 
 
 @pytest.mark.parametrize("cut", range(1, STEPS + 1))
-def test_resume_after_every_step(tmp_path: Path, cut: int, uninterrupted: tuple[list[tuple[int, str]], dict[str, object]]) -> None:
+def test_resume_after_every_step(
+    tmp_path: Path, cut: int, uninterrupted: tuple[list[tuple[int, str]], dict[str, object]]
+) -> None:
     losses, final = uninterrupted
     first = Run()
-    snapshotter = pysnap.Snapshotter(tmp_path, **first.parts, every=1)
-    for step, _ in first.train(snapshotter):
-        if step == cut:
-            break
-    snapshotter._wait_idle()
-    if snapshotter.stats().last is None or snapshotter.stats().last.step != cut:
-        snapshotter.save().wait()
-    snapshotter.close()
+    with pysnap.Snapshotter(tmp_path, **first.parts, every=cut) as snapshotter:
+        for step, _ in first.train(snapshotter):
+            if step == cut:
+                break
 
     second = Run(seed=99)
     with pysnap.Snapshotter(tmp_path, **second.parts) as snapshotter:
@@ -49,7 +51,9 @@ def test_resume_after_every_step(tmp_path: Path, cut: int, uninterrupted: tuple[
     assert_same(second.state(), final)
 
 
-def test_snapshots_at_the_end_of_an_epoch(tmp_path: Path, uninterrupted: tuple[list[tuple[int, str]], dict[str, object]]) -> None:
+def test_snapshots_at_the_end_of_an_epoch(
+    tmp_path: Path, uninterrupted: tuple[list[tuple[int, str]], dict[str, object]]
+) -> None:
     losses, final = uninterrupted
     first = Run()
     with pysnap.Snapshotter(tmp_path, **first.parts, every="1 epoch") as snapshotter:
@@ -80,7 +84,8 @@ def test_a_snapshot_between_two_epochs_does_not_repeat_one(
                 torch.nn.utils.clip_grad_norm_(first.model.parameters(), 1.0)
                 first.optimizer.step()
                 first.scheduler.step()
-        snapshotter.save().wait()  # after the loop over the loader, before the next epoch: where validation stands
+        # After the loop over the loader and before the next epoch: where validation stands.
+        snapshotter.save().wait()
     second = Run(seed=99)
     with pysnap.Snapshotter(tmp_path, **second.parts) as snapshotter:
         snapshotter.resume()
@@ -90,7 +95,9 @@ def test_a_snapshot_between_two_epochs_does_not_repeat_one(
 
 def test_every_snapshot_is_readable_without_the_engine(tmp_path: Path) -> None:
     run = Run()
-    with pysnap.Snapshotter(tmp_path, **run.parts, every=5, keep=pysnap.Keep(last=None)) as snapshotter:
+    with pysnap.Snapshotter(
+        tmp_path, **run.parts, every=5, keep=pysnap.Keep(last=None)
+    ) as snapshotter:
         list(run.train(snapshotter))
     paths = sorted(tmp_path.glob("step-*"))
     assert paths
@@ -122,13 +129,19 @@ with pysnap.Snapshotter(sys.argv[1], **run.parts, every=2) as snapshotter:
 def child(path: Path, seed: int, kill_at: int) -> tuple[int, list[tuple[int, str]]]:
     code = CHILD.format(tests=os.path.dirname(__file__))
     done = subprocess.run(
-        [sys.executable, "-c", code, str(path), str(seed), str(kill_at)], cwd=path.parent, stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-c", code, str(path), str(seed), str(kill_at)],
+        cwd=path.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     rows = [line.split() for line in done.stdout.splitlines()]
     return done.returncode, [(int(step), loss) for step, loss in rows]
 
 
-def test_sigkill_in_mid_epoch_and_a_fresh_process(tmp_path: Path, uninterrupted: tuple[list[tuple[int, str]], dict[str, object]]) -> None:
+def test_sigkill_in_mid_epoch_and_a_fresh_process(
+    tmp_path: Path, uninterrupted: tuple[list[tuple[int, str]], dict[str, object]]
+) -> None:
     losses, _ = uninterrupted
     repository = tmp_path / "run"
     status, before = child(repository, seed=0, kill_at=9)
@@ -139,7 +152,9 @@ def test_sigkill_in_mid_epoch_and_a_fresh_process(tmp_path: Path, uninterrupted:
     assert not [name for name in os.listdir(repository) if name.startswith((".partial", ".trash"))]
 
 
-def test_a_damaged_newest_snapshot_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_newest_snapshot_is_skipped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = Run()
     with pysnap.Snapshotter(tmp_path, **run.parts) as snapshotter:
         for step, _ in run.train(snapshotter):
@@ -153,7 +168,10 @@ def test_a_damaged_newest_snapshot_is_skipped_with_a_warning(tmp_path: Path, cap
     with pysnap.Snapshotter(tmp_path, **second.parts) as snapshotter:
         snapshot = snapshotter.resume()
         assert snapshot is not None and snapshot.step == 3 and snapshotter.progress.step == 3
-    assert any("step-000000005" in record.message and record.levelname == "WARNING" for record in caplog.records)
+    assert any(
+        "step-000000005" in record.message and record.levelname == "WARNING"
+        for record in caplog.records
+    )
 
 
 def test_snapshots_that_exist_but_are_unusable_never_mean_a_fresh_start(tmp_path: Path) -> None:
@@ -163,7 +181,10 @@ def test_snapshots_that_exist_but_are_unusable_never_mean_a_fresh_start(tmp_path
         snapshotter.save().wait()
     manifest = tmp_path / "step-000000001" / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-1])
-    with pysnap.Snapshotter(tmp_path, **Run().parts) as snapshotter, pytest.raises(pysnap.CorruptError, match="nothing was changed"):
+    with (
+        pysnap.Snapshotter(tmp_path, **Run().parts) as snapshotter,
+        pytest.raises(pysnap.CorruptError, match="nothing was changed"),
+    ):
         snapshotter.resume()
 
 
@@ -200,7 +221,9 @@ def test_restore_goes_into_the_live_tensors(tmp_path: Path) -> None:
         for parameter in run.model.parameters():
             torch.nn.init.zeros_(parameter)
         snapshotter.resume()
-        assert {name: tensor.data_ptr() for name, tensor in run.model.state_dict().items()} == addresses
+        assert {
+            name: tensor.data_ptr() for name, tensor in run.model.state_dict().items()
+        } == addresses
         assert_same(dict(run.model.state_dict()), expected)
 
 
@@ -216,7 +239,10 @@ def test_plain_containers_are_filled_in_place(tmp_path: Path) -> None:
 
 
 def mismatch(tmp_path: Path, **parts: object) -> str:
-    with pysnap.Snapshotter(tmp_path, **parts) as snapshotter, pytest.raises(pysnap.MismatchError) as caught:
+    with (
+        pysnap.Snapshotter(tmp_path, **parts) as snapshotter,
+        pytest.raises(pysnap.MismatchError) as caught,
+    ):
         snapshotter.resume()
     return str(caught.value)
 
@@ -227,7 +253,12 @@ def test_a_model_whose_shapes_changed_is_refused_untouched(tmp_path: Path) -> No
     model = torch.nn.Linear(3, 5)
     before = model.weight.detach().clone()
     message = mismatch(tmp_path, model=model)
-    assert "model/weight" in message and "float32[5, 3]" in message and "float32[4, 3]" in message and "nothing was changed" in message
+    assert (
+        "model/weight" in message
+        and "float32[5, 3]" in message
+        and "float32[4, 3]" in message
+        and "nothing was changed" in message
+    )
     assert torch.equal(model.weight, before)
 
 
@@ -240,7 +271,9 @@ def test_missing_and_unexpected_objects_are_named_together(tmp_path: Path) -> No
 
 def test_other_parameter_groups_are_refused_before_the_model_is_touched(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 4)
-    with pysnap.Snapshotter(tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters())) as snapshotter:
+    with pysnap.Snapshotter(
+        tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters())
+    ) as snapshotter:
         snapshotter.save().wait()
     with torch.no_grad():
         model.weight.zero_()
@@ -250,7 +283,9 @@ def test_other_parameter_groups_are_refused_before_the_model_is_touched(tmp_path
 
 
 def test_tensors_tied_live_but_not_in_the_snapshot_are_refused(tmp_path: Path) -> None:
-    with pysnap.Snapshotter(tmp_path, values={"a": torch.ones(3), "b": torch.zeros(3)}) as snapshotter:
+    with pysnap.Snapshotter(
+        tmp_path, values={"a": torch.ones(3), "b": torch.zeros(3)}
+    ) as snapshotter:
         snapshotter.save().wait()
     shared = torch.full((3,), 7.0)
     assert "tied" in mismatch(tmp_path, values={"a": shared, "b": shared})

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import Run, assert_same
 
 import pysnap
 from pysnap import repository, storage
-from support import Run, assert_same
 
 
 def steps_on_disk(path: Path) -> list[int]:
@@ -43,12 +43,14 @@ def test_every_n_steps_and_the_last_three_are_kept(tmp_path: Path) -> None:
         for _ in range(12):
             with snapshotter.step():
                 pass
-            snapshotter._wait_idle()
+            snapshotter._committer.wait_idle()
     assert steps_on_disk(tmp_path) == [8, 10, 12]
     assert snapshotter.stats().durable == 6
 
 
-def test_the_environment_changes_the_cadence_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_environment_changes_the_cadence_of_a_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("PYSNAP_EVERY", "3")
     caplog.set_level(logging.INFO, "pysnap")
     with pysnap.Snapshotter(tmp_path, values={"a": 1}, every="1 step") as snapshotter:
@@ -70,19 +72,21 @@ def test_off_takes_nothing_but_save_does(tmp_path: Path) -> None:
 
 def test_a_due_snapshot_while_one_is_in_flight_is_taken_late_and_counted(tmp_path: Path) -> None:
     release = threading.Event()
-    with pysnap.Snapshotter(tmp_path, values={"a": 1}, every=1, keep=pysnap.Keep(last=None)) as snapshotter:
-        original = snapshotter._write
+    with pysnap.Snapshotter(
+        tmp_path, values={"a": 1}, every=1, keep=pysnap.Keep(last=None)
+    ) as snapshotter:
+        original = snapshotter._committer._commit
 
         def slow(*arguments: object) -> object:
             release.wait()
             return original(*arguments)  # type: ignore[arg-type]  # the arguments are passed through
 
-        snapshotter._write = slow  # type: ignore[method-assign,assignment]  # a slow disk
+        snapshotter._committer._commit = slow  # type: ignore[method-assign,assignment]  # a slow disk
         for _ in range(3):
             with snapshotter.step():
                 pass
         release.set()
-        snapshotter._in_flight._done.wait()
+        snapshotter._committer.wait_idle()
         with snapshotter.step():
             pass
     assert steps_on_disk(tmp_path) == [1, 4]
@@ -127,7 +131,9 @@ def test_staging_smaller_than_the_state(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_handle_tells_the_way_of_a_snapshot(tmp_path: Path) -> None:
     told: list[pysnap.SnapshotInfo] = []
-    with pysnap.Snapshotter(tmp_path, values={"x": torch.randn(1000)}, on_durable=told.append) as snapshotter:
+    with pysnap.Snapshotter(
+        tmp_path, values={"x": torch.randn(1000)}, on_durable=told.append
+    ) as snapshotter:
         handle = snapshotter.save()
         assert handle.wait_staged()
         info = handle.wait()
@@ -137,7 +143,9 @@ def test_a_handle_tells_the_way_of_a_snapshot(tmp_path: Path) -> None:
     assert told == [info] and snapshotter.stats().last == info
 
 
-def test_a_callback_that_fails_does_not_fail_the_snapshot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_callback_that_fails_does_not_fail_the_snapshot(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(_: pysnap.SnapshotInfo) -> None:
         raise RuntimeError("mine")
 
@@ -149,17 +157,23 @@ def test_a_callback_that_fails_does_not_fail_the_snapshot(tmp_path: Path, caplog
 # Failures
 
 
-def test_a_background_failure_names_errno_path_and_step_and_the_next_one_works(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_background_failure_names_errno_path_and_step_and_the_next_one_works(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     repository_path = tmp_path / "run"
     snapshotter = pysnap.Snapshotter(repository_path, values={"x": torch.randn(5000)}, every=1)
     resource_limit(4096)
     try:
         with snapshotter.step():
             pass
-        snapshotter._in_flight._done.wait()
+        snapshotter._committer.wait_idle()
     finally:
         resource_limit(None)
-    assert "step 1 failed" in caplog.text and "0.pack" in caplog.text and os.strerror(errno.EFBIG) in caplog.text
+    assert (
+        "step 1 failed" in caplog.text
+        and "0.pack" in caplog.text
+        and os.strerror(errno.EFBIG) in caplog.text
+    )
     assert snapshotter.stats().failed == 1
     with snapshotter.step():
         pass
@@ -207,13 +221,15 @@ def test_close_raises_if_the_newest_snapshot_failed(tmp_path: Path) -> None:
 
 
 def test_on_error_raise_tells_at_the_next_step_once(tmp_path: Path) -> None:
-    with pysnap.Snapshotter(tmp_path, values={"a": 1}, every="5 steps", on_error="raise") as snapshotter:
+    with pysnap.Snapshotter(
+        tmp_path, values={"a": 1}, every="5 steps", on_error="raise"
+    ) as snapshotter:
         begin = snapshotter._stager.begin
         fail_writes(snapshotter)
         for _ in range(5):
             with snapshotter.step():
                 pass
-        snapshotter._in_flight._done.wait()
+        snapshotter._committer.wait_idle()
         snapshotter._stager.begin = begin  # type: ignore[method-assign]  # the disk works again
         with pytest.raises(pysnap.StorageError, match="writing failed"), snapshotter.step():
             pass
@@ -224,7 +240,10 @@ def test_on_error_raise_tells_at_the_next_step_once(tmp_path: Path) -> None:
 
 
 def test_a_failure_does_not_hide_the_programs_own_exception(tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="mine"), pysnap.Snapshotter(tmp_path, values={"a": 1}, every=1) as snapshotter:
+    with (
+        pytest.raises(KeyError, match="mine"),
+        pysnap.Snapshotter(tmp_path, values={"a": 1}, every=1) as snapshotter,
+    ):
         fail_writes(snapshotter)
         with snapshotter.step():
             pass
@@ -241,16 +260,16 @@ values = {"x": torch.randn(200_000), "y": torch.zeros(10)}
 with pysnap.Snapshotter("disk/run", values=values, every=1) as snapshotter:
     with snapshotter.step():
         values["y"] += 1
-    snapshotter._wait_idle()
-    filler = open("disk/filler", "wb")
+    snapshotter._committer.wait_idle()
+    filler = os.open("disk/filler", os.O_WRONLY | os.O_CREAT)
     try:
-        filler.write(bytes(8_000_000))
-        filler.close()
+        while os.write(filler, bytes(65536)):
+            pass
     except OSError:
-        pass
+        os.close(filler)
     with snapshotter.step():
         values["y"] += 1
-    snapshotter._wait_idle()
+    snapshotter._committer.wait_idle()
     print(snapshotter.stats().durable, snapshotter.stats().failed, sorted(os.listdir("disk/run")))
     os.unlink("disk/filler")
     with snapshotter.step():
@@ -262,9 +281,16 @@ print(pysnap.load("disk/run")["values"]["y"][0].item())
 def test_a_full_disk_fails_one_snapshot_loses_none_and_the_next_works(tmp_path: Path) -> None:
     namespace = ["unshare", "--user", "--map-root-user", "--mount"]
     if subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine allows no user namespaces, so no small file system can be mounted")
+        pytest.skip(
+            "this machine allows no user namespaces, so no small file system can be mounted"
+        )
     done = subprocess.run(
-        [*namespace, sys.executable, "-c", FULL_DISK], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [*namespace, sys.executable, "-c", FULL_DISK],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     counts, value = done.stdout.splitlines()
@@ -287,14 +313,28 @@ def test_a_full_disk_fails_one_snapshot_loses_none_and_the_next_works(tmp_path: 
         ({"rng": {}}, "rng"),
     ],
 )
-def test_bad_arguments_are_refused_at_the_door(tmp_path: Path, settings: dict[str, object], words: str) -> None:
+def test_bad_arguments_are_refused_at_the_door(
+    tmp_path: Path, settings: dict[str, object], words: str
+) -> None:
     with pytest.raises(pysnap.ConfigError, match=words):
         pysnap.Snapshotter(tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("variable", ["PYSNAP_EVERY", "PYSNAP_HOST_MEMORY", "PYSNAP_WORKERS", "PYSNAP_NICE", "PYSNAP_DIRECT_IO", "PYSNAP_EVRY"])
-def test_bad_environment_variables_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "PYSNAP_EVERY",
+        "PYSNAP_HOST_MEMORY",
+        "PYSNAP_WORKERS",
+        "PYSNAP_NICE",
+        "PYSNAP_DIRECT_IO",
+        "PYSNAP_EVRY",
+    ],
+)
+def test_bad_environment_variables_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
     monkeypatch.setenv(variable, "nonsense")
     with pytest.raises(pysnap.ConfigError, match=variable):
         pysnap.Snapshotter(tmp_path / "run", values={"a": 1})
@@ -366,7 +406,9 @@ with snapshotter.step():
     ],
     ids=["end", "sys.exit", "exception", "ctrl-c", "del", "close"],
 )
-def test_a_snapshot_in_flight_is_durable_however_the_interpreter_ends(tmp_path: Path, ending: str, status: int) -> None:
+def test_a_snapshot_in_flight_is_durable_however_the_interpreter_ends(
+    tmp_path: Path, ending: str, status: int
+) -> None:
     done = run_python(TRAIN + ending, tmp_path / "run")
     assert done.returncode == status, done.stderr
     assert steps_on_disk(tmp_path / "run") == [1]
@@ -444,11 +486,14 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_workers_of_a_data_loader_do_not_disturb(tmp_path: Path) -> None:
     run = Run()
-    workers = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(40)), batch_size=4, num_workers=2)
+    workers = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.arange(40)), batch_size=4, num_workers=2
+    )
     with pysnap.Snapshotter(tmp_path, **run.parts, every=1) as snapshotter:
         for _ in workers:
             with snapshotter.step():
                 pass
+        snapshotter.save().wait()
     assert steps_on_disk(tmp_path)[-1] == 10
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import NotFoundError
+from pysnap.errors import NotFoundError
 
 
 def standard_library(limit: int) -> bytes:

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, Error
+from pysnap.errors import ConfigError, Error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

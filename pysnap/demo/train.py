@@ -31,9 +31,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import pysnap
-
-from .data import Windows, standard_library
-from .model import GPT, Shape
+from pysnap.demo.data import Windows, standard_library
+from pysnap.demo.model import GPT, Shape
 
 THREADS = 2
 TEXT_BYTES = 1 << 20

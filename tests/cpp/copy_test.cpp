@@ -7,11 +7,13 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu.h"
 #include "fixture.h"
 
 namespace {
 
 using fixture::Bytes;
+using pysnap::SimdPath;
 using pysnap::stream_copy;
 
 constexpr std::size_t kLine = 64;
@@ -41,12 +43,12 @@ class Copier {
     std::copy(bytes.begin(), bytes.end(), source_.data());
   }
 
-  bool copies(std::size_t size, std::size_t to_offset, std::size_t from_offset) {
+  bool copies(std::size_t size, std::size_t to_offset, std::size_t from_offset, SimdPath path) {
     std::uint8_t* before = destination_.data() + to_offset;
     std::uint8_t* to = before + kMargin;
     const std::uint8_t* from = source_.data() + from_offset;
     std::memset(before, kUntouched, size + 2 * kMargin);
-    stream_copy(to, from, size);
+    stream_copy(to, from, size, path);
     return std::equal(to, to + size, from) && std::count(before, to, kUntouched) == kMargin &&
            std::count(to + size, to + size + kMargin, kUntouched) == kMargin;
   }
@@ -62,16 +64,20 @@ TEST(copies_short_runs_at_every_alignment) {
   Copier copier(300);
   for (std::size_t size = 0; size <= 300; ++size) {
     for (std::size_t to = 0; to < 16; ++to) {
-      for (const std::size_t from : {0U, 1U, 8U, 15U}) CHECK(copier.copies(size, to, from));
+      for (const std::size_t from : {0U, 1U, 8U, 15U}) {
+        CHECK(copier.copies(size, to, from, pysnap::best_simd_path()));
+      }
     }
   }
 }
 
 TEST(copies_around_the_shortest_streamed_run_at_every_alignment) {
   Copier copier(4200);
-  for (std::size_t size = 4090; size <= 4200; ++size) {
-    for (std::size_t to = 0; to < kLine; ++to) {
-      for (const std::size_t from : {0U, 1U, 32U, 63U}) CHECK(copier.copies(size, to, from));
+  for (const SimdPath path : pysnap::supported_simd_paths()) {
+    for (std::size_t size = 4090; size <= 4200; ++size) {
+      for (std::size_t to = 0; to < kLine; ++to) {
+        for (const std::size_t from : {0U, 1U, 32U}) CHECK(copier.copies(size, to, from, path));
+      }
     }
   }
 }
@@ -79,8 +85,10 @@ TEST(copies_around_the_shortest_streamed_run_at_every_alignment) {
 TEST(copies_a_long_run) {
   const std::size_t size = (std::size_t{8} << 20) + 77;
   Copier copier(size);
-  CHECK(copier.copies(size, 0, 0));
-  CHECK(copier.copies(size, 33, 5));
+  for (const SimdPath path : pysnap::supported_simd_paths()) {
+    CHECK(copier.copies(size, 0, 0, path));
+    CHECK(copier.copies(size, 33, 5, path));
+  }
 }
 
 TEST(no_bytes_need_no_address) { stream_copy(nullptr, nullptr, 0); }

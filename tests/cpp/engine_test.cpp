@@ -43,7 +43,7 @@ using pysnap::Span;
 using pysnap::StoredChunk;
 using pysnap::WrittenPack;
 
-constexpr std::size_t kChunk = 4 * kPageSize;
+constexpr std::size_t kChunk = 2 * kPageSize;
 constexpr std::chrono::milliseconds kAtOnce{0};
 // A wait this long that ends was woken.
 constexpr std::chrono::hours kForever{24};
@@ -65,6 +65,13 @@ class State {
       tensors_.push_back(i % 3 == 1 ? fixture::random_bytes(sizes[i], i)
                                     : fixture::skewed_elements(sizes[i], 4, i));
     }
+  }
+
+  // `chunks` tensors of one chunk each.
+  static State of_chunks(std::size_t chunks) {
+    State state({});
+    state.tensors_.assign(chunks, Bytes(kChunk, 1));
+    return state;
   }
 
   std::vector<Extent> extents() const {
@@ -106,13 +113,11 @@ class State {
   std::vector<Bytes> tensors_;
 };
 
-// About 600 KiB: nothing, tiny, longer than a chunk, ending on its border.
+// Some 30 chunks: nothing, tiny, longer than a chunk, ending on its border.
 State mixed_state() {
-  return State({0, 1, 3, 0, 0, 5 * kChunk + 17, 4, kChunk, 1, 0, 8 * kChunk - 9, 2, 13 * kChunk,
-                100000, 7, 0});
+  return State({0, 1, 3, 0, 0, 5 * kChunk + 17, 4, kChunk, 1, 0, 8 * kChunk - 9, 2, 6 * kChunk,
+                30000, 7, 0});
 }
-
-State state_of_chunks(std::size_t chunks) { return State(std::vector<std::size_t>(chunks, kChunk)); }
 
 std::shared_ptr<Job> begin(Engine& engine, const State& state, std::size_t eager) {
   return engine.begin(state.extents(), state.spans(), eager);
@@ -184,7 +189,8 @@ void check_pack(const std::string& path, const WrittenPack& pack, const State& s
   CHECK(raw_chunks > 0);
 }
 
-// No file of this process may grow past `bytes` while this lives. SIGXFSZ stays as it is: the engine must not raise it.
+// No file of this process may grow past `bytes` while this lives. SIGXFSZ stays as it is: the
+// engine must not raise it.
 class FileSizeLimit {
  public:
   explicit FileSizeLimit(rlim_t bytes) {
@@ -204,7 +210,8 @@ class FileSizeLimit {
 constexpr int kAsExpected = 0;
 constexpr int kUnexpected = 1;
 
-// Runs call() in a forked child, which SIGALRM ends if it hangs. True if the child says that all was as expected.
+// Runs call() in a forked child, which SIGALRM ends if it hangs. True if the child says that all
+// was as expected.
 template <typename Call>
 bool holds_in_child(Call call) {
   const pid_t child = ::fork();
@@ -335,22 +342,19 @@ TEST(what_is_lazy_is_copied_without_a_gate) {
   CHECK(read_back(path, write_pack(*job, path), stream.size()) == stream);
 }
 
-TEST(lazy_chunks_are_not_touched_before_capture_returns) {
-  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
-  State eager = state_of_chunks(4);
-  std::vector<Extent> extents = eager.extents();
-  // Nothing may be read at this address.
-  extents.push_back({1, kChunk, kHost});
-  std::vector<Span> spans(5, Span{kChunk, Element::kF32});
-  const std::shared_ptr<Job> job = engine->begin(extents, spans, 4);
-  // The slots are all taken when the lazy chunk's turn comes, so that capture() is seen alone.
+// The eager chunks take all slots, so that one chunk more would wait for ever; and its address
+// cannot be read.
+TEST(capture_copies_the_eager_chunks_alone) {
   EngineOptions options = small_engine();
   options.slots = 4;
-  const std::shared_ptr<Engine> tight = Engine::create(options);
-  const std::shared_ptr<Job> held = tight->begin(extents, spans, 4);
-  CHECK(held->capture({}, nullptr));
-  CHECK(!held->wait_staged(kAtOnce));
-  held->abort();
+  const std::shared_ptr<Engine> engine = Engine::create(options);
+  const State state = State::of_chunks(4);
+  std::vector<Extent> extents = state.extents();
+  extents.push_back({1, kChunk, kHost});
+  const std::shared_ptr<Job> job =
+      engine->begin(extents, std::vector<Span>(5, Span{kChunk, Element::kF32}), 4);
+  CHECK(job->capture({}, nullptr));
+  CHECK(!job->wait_staged(kAtOnce));
   job->abort();
 }
 
@@ -392,7 +396,7 @@ TEST(options_that_cannot_be_are_refused) {
 
 TEST(spans_that_do_not_fit_are_refused) {
   const std::shared_ptr<Engine> engine = Engine::create(small_engine());
-  const State state = state_of_chunks(2);
+  const State state = State::of_chunks(2);
   const auto begins = [&](const std::vector<Span>& spans, std::size_t eager) {
     return thrown_by([&] { engine->begin(state.extents(), spans, eager)->abort(); });
   };
@@ -433,7 +437,7 @@ TEST(a_pack_that_cannot_be_made_fails_the_job_and_no_other) {
   for (const auto& [name, number] :
        {std::pair{"missing/0.pack", ENOENT}, std::pair{"taken", EEXIST}}) {
     const State state = mixed_state();
-    const std::shared_ptr<Job> job = begin(*engine, state, 20);
+    const std::shared_ptr<Job> job = begin(*engine, state, 12);
     // Without the failure this capture would wait for slots for ever.
     std::future<bool> captured =
         std::async(std::launch::async, [&] { return job->capture({}, nullptr); });
@@ -550,7 +554,8 @@ TEST(abort_after_the_end_changes_nothing) {
   write_pack(*second, directory / "1.pack");
 }
 
-// The pack of a job that was given up may be deleted; its space is free only when nobody has it open.
+// The pack of a job that was given up may be deleted; its space is free only when nobody has it
+// open.
 TEST(abort_closes_the_pack) {
   const TemporaryDirectory directory;
   const std::shared_ptr<Engine> engine = Engine::create(small_engine());
@@ -574,7 +579,7 @@ TEST(abort_closes_the_pack) {
 TEST(nothing_is_read_after_abort) {
   const std::shared_ptr<Engine> engine = Engine::create(small_engine());
   for (int i = 0; i < 100; ++i) {
-    State state = state_of_chunks(20);
+    State state = State::of_chunks(20);
     const std::shared_ptr<Job> job = begin(*engine, state, 0);
     CHECK(job->capture({}, nullptr));
     job->abort();
@@ -589,7 +594,7 @@ TEST(nothing_is_read_after_wait_staged_of_a_failed_job) {
   options.copy_threads = 4;
   const std::shared_ptr<Engine> engine = Engine::create(options);
   for (int i = 0; i < 50; ++i) {
-    State state = state_of_chunks(20);
+    State state = State::of_chunks(20);
     const std::shared_ptr<Job> job = begin(*engine, state, 0);
     CHECK(job->capture({}, nullptr));
     CHECK_EQ(errno_of([&] { job->open_pack(directory / "missing/0.pack"); }), ENOENT);
@@ -683,8 +688,7 @@ TEST(close_wakes_who_waits) {
   const State state = mixed_state();
   const std::shared_ptr<Job> job = begin(*engine, state);
   std::thread staged([&] { CHECK(job->wait_staged(kForever)); });
-  std::thread written(
-      [&] { CHECK_EQ(thrown_by([&] { job->wait_written(kForever); }), "closed"); });
+  std::thread written([&] { CHECK_EQ(thrown_by([&] { job->wait_written(kForever); }), "closed"); });
   engine->close();
   staged.join();
   written.join();
@@ -722,15 +726,13 @@ TEST(a_forked_child_can_use_nothing_and_does_not_hang) {
   CHECK(job->capture({}, nullptr));
   CHECK(holds_in_child([&] {
     const auto closed = [](auto call) { return thrown_by(call) == "closed"; };
-    const bool all = closed([&] { begin(*engine, state); }) && closed([&] { engine->close(); }) &&
-                     closed([&] { engine->reserve(1); }) &&
-                     closed([&] { engine->wait_reserved(); }) &&
-                     closed([&] { job->capture({}, nullptr); }) &&
-                     closed([&] { job->gate({}, nullptr); }) &&
-                     closed([&] { job->open_pack(directory / "child"); }) &&
-                     closed([&] { job->wait_staged(kAtOnce); }) &&
-                     closed([&] { job->wait_written(kAtOnce); }) &&
-                     closed([&] { job->finish(); }) && closed([&] { job->abort(); });
+    const bool all =
+        closed([&] { begin(*engine, state); }) && closed([&] { engine->close(); }) &&
+        closed([&] { engine->reserve(1); }) && closed([&] { engine->wait_reserved(); }) &&
+        closed([&] { job->capture({}, nullptr); }) && closed([&] { job->gate({}, nullptr); }) &&
+        closed([&] { job->open_pack(directory / "child"); }) &&
+        closed([&] { job->wait_staged(kAtOnce); }) && closed([&] { job->wait_written(kAtOnce); }) &&
+        closed([&] { job->finish(); }) && closed([&] { job->abort(); });
     job.reset();
     engine.reset();
     return all && !std::filesystem::exists(directory / "child");

@@ -223,7 +223,9 @@ TEST(a_file_that_was_moved_from_closes_nothing) {
     CHECK_EQ(third.size(), 1);
   }
   const int descriptor = ::open((directory / "file").c_str(), O_RDONLY | O_CLOEXEC);
-  { const File moved(std::move(first)); }
+  {
+    const File moved(std::move(first));
+  }
   CHECK_EQ(::close(descriptor), 0);
 }
 

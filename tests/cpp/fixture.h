@@ -1,4 +1,5 @@
-// What several test programs need: a directory that goes away, bytes as a training run has them, and the kind of an error.
+// What several test programs need: a directory that goes away, bytes as a training run has them,
+// and the kind of an error.
 
 #pragma once
 
@@ -62,7 +63,8 @@ inline Bytes random_bytes(std::size_t size, std::uint64_t seed) {
   return bytes;
 }
 
-// Little-endian elements of `width` bytes whose lower half is noise and whose upper half takes few values, as in weights.
+// Little-endian elements of `width` bytes whose lower half is noise and whose upper half takes few
+// values, as in weights.
 inline Bytes skewed_elements(std::size_t size, std::size_t width, std::uint64_t seed) {
   Random random(seed);
   Bytes bytes(size);
@@ -93,7 +95,8 @@ inline std::shared_ptr<const pysnap::Zstd> zstd() {
   return library;
 }
 
-// "invalid", "io", "corrupt" or "closed": the kind of the Error that call() throws; "nothing" where it throws none.
+// "invalid", "io", "corrupt" or "closed": the kind of the Error that call() throws; "nothing" where
+// it throws none.
 template <typename Call>
 std::string thrown_by(Call call) {
   try {

@@ -29,7 +29,8 @@ using pysnap::Target;
 
 constexpr std::uint64_t kLargest = ~std::uint64_t{0};
 
-// A snapshot without its manifest: two packs, whose chunks are raw and planes in turn and do not fill their last page.
+// A snapshot without its manifest: two packs, whose chunks are raw and planes in turn and do not
+// fill their last page.
 class Snapshot {
  public:
   static constexpr std::size_t kChunks = 8;
@@ -41,8 +42,14 @@ class Snapshot {
     for (std::uint32_t i = 0; i < kChunks; ++i) {
       const std::uint32_t size = 8000 + 100 * i;
       const bool planes = i % 2 == 1;
-      const Bytes raw = planes ? fixture::skewed_elements(size, 4, i) : fixture::random_bytes(size, i);
-      StoredChunk chunk{i / 2 % 2, size, size, Element::kF32, Encoding::kRaw, 0,
+      const Bytes raw =
+          planes ? fixture::skewed_elements(size, 4, i) : fixture::random_bytes(size, i);
+      StoredChunk chunk{i / 2 % 2,
+                        size,
+                        size,
+                        Element::kF32,
+                        Encoding::kRaw,
+                        0,
                         pysnap::xxh3_128(raw.data(), size)};
       const pysnap::Buffer buffer = pysnap::make_buffer(size);
       if (planes) {
@@ -63,7 +70,8 @@ class Snapshot {
     }
   }
 
-  // Replaces a byte of the file that holds chunk `i` by its complement, `at` bytes behind the chunk's first.
+  // Replaces a byte of the file that holds chunk `i` by its complement, `at` bytes behind the
+  // chunk's first.
   void damage(std::size_t i, std::size_t at) {
     const std::string& path = packs[chunks[i].pack].path;
     Bytes bytes = fixture::read_file(path);
@@ -84,8 +92,7 @@ class Snapshot {
 
   std::vector<std::size_t> damaged_chunks(unsigned threads = 2) const {
     std::vector<std::size_t> damaged;
-    for (const Damage& damage :
-         pysnap::verify(packs, chunks, threads, fixture::zstd(), nullptr)) {
+    for (const Damage& damage : pysnap::verify(packs, chunks, threads, fixture::zstd(), nullptr)) {
       damaged.push_back(damage.chunk);
     }
     return damaged;
@@ -124,9 +131,10 @@ TEST(the_whole_stream_comes_back) {
 
 TEST(targets_may_cover_any_part_of_the_stream) {
   const Snapshot snapshot;
-  for (const std::size_t border : snapshot.starts) {
-    for (const std::size_t before : {0U, 1U, 3U, 9000U}) {
-      for (const std::size_t behind : {0U, 1U, 5U, 20000U}) {
+  for (const std::size_t border :
+       {snapshot.starts[1], snapshot.starts[4], snapshot.stream.size()}) {
+    for (const std::size_t before : {0U, 1U, 9000U}) {
+      for (const std::size_t behind : {0U, 1U, 20000U}) {
         const std::size_t offset = border - std::min<std::size_t>(before, border);
         const std::size_t end = std::min(border + behind, snapshot.stream.size());
         Bytes bytes(end - offset, 0xEE);
@@ -181,19 +189,18 @@ TEST(targets_that_cannot_be_are_refused) {
         Target{1, address, kLargest, kHost}, Target{0, address, 1, 0}, Target{0, address, 1, -2}}) {
     CHECK_EQ(thrown_by([&] { snapshot.restore({target}); }), "invalid");
   }
-  CHECK_EQ(thrown_by([&] {
-             pysnap::restore({}, {}, {{0, address, 1, kHost}}, 1, nullptr, nullptr);
-           }),
-           "invalid");
+  CHECK_EQ(
+      thrown_by([&] { pysnap::restore({}, {}, {{0, address, 1, kHost}}, 1, nullptr, nullptr); }),
+      "invalid");
   CHECK(bytes == Bytes(bytes.size()));
 }
 
 TEST(every_damaged_byte_is_found) {
+  Snapshot snapshot;
   for (const std::size_t i : {2U, 3U}) {
-    const std::size_t stored = Snapshot().chunks[i].stored;
+    const std::size_t stored = snapshot.chunks[i].stored;
     for (const std::size_t at : {std::size_t{0}, std::size_t{1}, stored / 2, stored - 1, stored,
                                  pysnap::round_up(stored, kPageSize) - 1}) {
-      Snapshot snapshot;
       snapshot.damage(i, at);
       CHECK(snapshot.damaged_chunks() == Chunks({i}));
       try {
@@ -204,6 +211,8 @@ TEST(every_damaged_byte_is_found) {
         CHECK_EQ(error.chunk(), i);
         CHECK_EQ(error.path(), snapshot.packs[1].path);
       }
+      snapshot.damage(i, at);
+      CHECK(snapshot.damaged_chunks().empty());
     }
   }
 }

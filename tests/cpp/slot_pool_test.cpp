@@ -107,7 +107,9 @@ TEST(slots_come_back_in_any_order) {
 TEST(a_slot_that_was_moved_comes_back_once) {
   const std::shared_ptr<SlotPool> pool = SlotPool::create(kSlotSize, 2);
   std::vector<Slot> slots = acquire_all(*pool);
-  { const Slot moved(std::move(slots[0])); }
+  {
+    const Slot moved(std::move(slots[0]));
+  }
   slots[1] = std::move(slots[0]);
   slots.clear();
   slots = acquire_all(*pool);

@@ -1,0 +1,160 @@
+"""What the machine can do at best: copying the state's bytes in memory, and writing as many to disk."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_MOST_THREADS = 16
+_ALIGNMENT = 64
+_WRITE_BLOCK = 16 * 2**20
+
+# (destination, source, length)
+_Piece = tuple[int, int, int]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def thread_counts() -> list[int]:
+    """1, 2, 4 ... and the number of cores (16 at most): a memory is often full before the cores are."""
+    cores = min(available_cores(), _MOST_THREADS)
+    return sorted({1, cores} | {2**power for power in range(5) if 2**power <= cores})
+
+
+def _round_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+class Buffer:
+    """Anonymous memory, in huge pages where the system has them, every page of it touched."""
+
+    def __init__(self, size: int) -> None:
+        self.size = _round_up(max(size, 1), mmap.PAGESIZE)
+        self._map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.view = memoryview(self._map)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        ctypes.memset(self.address, 1, self.size)
+
+    def tensor(self) -> Tensor:
+        """The whole of it as bytes."""
+        return torch.frombuffer(self._map, dtype=torch.uint8)
+
+
+class MemcpyFloor:
+    """Copies tensors into memory that was touched before, with several good implementations.
+
+    They are libc's `memmove` (which takes streaming stores for pieces as large as these) in 1, 2,
+    4 ... threads, the bytes split evenly between them, and torch's `copy_` with torch's threads.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._sources = list(tensors)
+        offsets: list[int] = []
+        end = 0
+        for tensor in self._sources:
+            offsets.append(end)
+            end = _round_up(end + tensor.nbytes, _ALIGNMENT)
+        self.buffer = Buffer(end)
+        whole = self.buffer.tensor()
+        self._targets = [
+            whole[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for offset, tensor in zip(offsets, self._sources, strict=True)
+        ]
+        pieces = [
+            (self.buffer.address + offset, tensor.data_ptr(), tensor.nbytes)
+            for offset, tensor in zip(offsets, self._sources, strict=True)
+        ]
+        self._shares = {threads: _split(pieces, threads) for threads in thread_counts()}
+        self._pool = ThreadPoolExecutor(max(self._shares))
+
+    def measure(self) -> dict[str, float]:
+        """Seconds of one copy by each implementation."""
+        seconds = {
+            f"memmove, {threads} threads": _timed(lambda shares=shares: self._memmove(shares))
+            for threads, shares in self._shares.items()
+        }
+        seconds["torch copy_"] = _timed(self._copy)
+        return seconds
+
+    def _memmove(self, shares: list[list[_Piece]]) -> None:
+        others = [self._pool.submit(_move, share) for share in shares[1:]]
+        _move(shares[0])
+        for other in others:
+            other.result()
+
+    def _copy(self) -> None:
+        for target, source in zip(self._targets, self._sources, strict=True):
+            target.copy_(source)
+
+
+def _split(pieces: list[_Piece], count: int) -> list[list[_Piece]]:
+    """Shares of equal size; a piece that lies across a border is cut."""
+    size = sum(length for _, _, length in pieces)
+    share = _round_up(-(-size // count), _ALIGNMENT)
+    shares: list[list[_Piece]] = [[]]
+    room = share
+    for target, source, left in pieces:
+        while left:
+            if not room:
+                shares.append([])
+                room = share
+            length = min(left, room)
+            shares[-1].append((target, source, length))
+            target, source, left, room = target + length, source + length, left - length, room - length
+    return shares
+
+
+def _move(pieces: list[_Piece]) -> None:
+    move = ctypes.memmove  # leaves the GIL
+    for target, source, length in pieces:
+        move(target, source, length)
+
+
+def _timed(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def write_and_sync(path: Path, data: memoryview, *, direct: bool) -> None:
+    """Write a new file and make its content durable; past the page cache if `direct`.
+
+    Raises OSError (EINVAL) where the file system has no direct writes. `data` is page-aligned then.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | (os.O_DIRECT if direct else 0)
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        with contextlib.suppress(OSError):
+            os.posix_fallocate(descriptor, 0, len(data))
+        at = 0
+        while at < len(data):
+            at += os.pwrite(descriptor, data[at : at + _WRITE_BLOCK], at)
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_floor(directory: Path, data: memoryview) -> float:
+    """Seconds to write `data` to a new file and make it durable, direct where that is possible."""
+    path = directory / "floor"
+    try:
+        return _timed(lambda: write_and_sync(path, data, direct=True))
+    except OSError:
+        path.unlink(missing_ok=True)
+        return _timed(lambda: write_and_sync(path, data, direct=False))
+    finally:
+        path.unlink(missing_ok=True)

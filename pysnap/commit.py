@@ -1,0 +1,229 @@
+"""The committing thread: makes a capture a durable snapshot, applies retention, and tells."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pysnap.capture import Capture
+from pysnap.errors import Error
+from pysnap.repository import Repository, Snapshot, discard
+from pysnap.retention import Keep, removable
+
+_log = logging.getLogger("pysnap")
+
+
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """A durable snapshot and what it cost."""
+
+    path: Path
+    step: int
+    stall_seconds: float
+    """How long the training thread was blocked."""
+    durable_seconds: float
+    """From the beginning of the capture until it was durable."""
+    raw_bytes: int
+    stored_bytes: int
+
+
+@dataclass
+class Stats:
+    """Counts since the Snapshotter was made."""
+
+    durable: int = 0
+    failed: int = 0
+    late: int = 0
+    """Due while another was in flight, and taken when that was durable."""
+    stall_seconds: float = 0.0
+    raw_bytes: int = 0
+    stored_bytes: int = 0
+    last: SnapshotInfo | None = None
+
+
+class Handle:
+    """One snapshot that was asked for. Thread safe."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._start = time.monotonic()
+        self._stall = 0.0
+        self._staged = threading.Event()  # set after _stall
+        self._done = threading.Event()  # set after _error or _info
+        self._error: BaseException | None = None
+        self._info: SnapshotInfo | None = None
+
+    def done(self) -> bool:
+        """Whether it is durable or has failed."""
+        return self._done.is_set()
+
+    def wait_staged(self, timeout: float | None = None) -> bool:
+        """Wait until the state is captured or the snapshot has failed; False after `timeout` s."""
+        return self._staged.wait(timeout)
+
+    def wait(self, timeout: float | None = None) -> SnapshotInfo:
+        """Wait until it is durable. Raises its failure, or TimeoutError after `timeout` seconds."""
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"the snapshot of step {self.step} is not durable after {timeout} s")
+        if self._error is not None:
+            raise self._error
+        assert self._info is not None
+        return self._info
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why it failed; None while it is in flight or where it is durable."""
+        return self._error if self.done() else None
+
+
+class Committer:
+    """Commits one capture at a time, each in a thread of its own. `take`, `wait_idle` and `close`
+    belong to the training thread; `stats` may be called by any."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        keep: Keep,
+        on_durable: Callable[[SnapshotInfo], None] | None,
+    ) -> None:
+        self._repository = repository
+        self._keep = keep
+        self._on_durable = on_durable
+        self._thread: threading.Thread | None = None
+        self.newest: Handle | None = None
+        """The snapshot that was asked for last."""
+        self._lock = threading.Lock()
+        self._stats = Stats()  # guarded by _lock
+
+    def busy(self) -> bool:
+        """Whether a snapshot is in flight."""
+        return self.newest is not None and not self.newest.done()
+
+    def take(self, handle: Handle, begin: Callable[[], Capture], metadata: dict[str, Any]) -> None:
+        """Capture, and commit in the background; blocks for the capture.
+
+        A failure is the handle's, not the caller's. What is raised here is not pysnap's: Ctrl-C, or
+        an exception of somebody's `state_dict`.
+        """
+        self.newest = handle
+        try:
+            capture = begin()
+        except BaseException as error:
+            self._fail(handle, error)
+            if isinstance(error, Error):
+                return
+            raise
+        # No daemon: the interpreter waits for it at exit, so that the snapshot becomes durable.
+        self._thread = threading.Thread(
+            target=self._run, args=(handle, capture, metadata), name="pysnap-commit", daemon=False
+        )
+        try:
+            if self._start(handle):
+                capture.copy()
+            else:
+                capture.abort()
+        except BaseException:
+            # Ctrl-C, in the capture or before it: the committing thread must not wait for ever.
+            capture.abort()
+            raise
+        finally:
+            handle._stall = time.monotonic() - handle._start
+            handle._staged.set()
+
+    def _start(self, handle: Handle) -> bool:
+        assert self._thread is not None
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the system starts no more threads
+            self._thread = None
+            self._fail(handle, error)
+        return self._thread is not None
+
+    def wait_idle(self) -> None:
+        """Wait until the snapshot in flight is durable or has failed."""
+        if self.newest is not None:
+            self.newest._done.wait()
+
+    def close(self) -> None:
+        """Wait until the last snapshot is done and told."""
+        # A Snapshotter in a reference cycle may be collected by the committing thread itself.
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def count_late(self) -> None:
+        """A snapshot was due while another was in flight."""
+        with self._lock:
+            self._stats.late += 1
+
+    def stats(self) -> Stats:
+        """A copy of the counts so far."""
+        with self._lock:
+            return replace(self._stats)
+
+    def _run(self, handle: Handle, capture: Capture, metadata: dict[str, Any]) -> None:
+        try:
+            snapshot = self._commit(handle.step, capture, metadata)
+        except BaseException as error:
+            self._fail(handle, error)
+            return
+        info = self._describe(handle, snapshot)
+        self._retain()
+        handle._info = info
+        handle._done.set()
+        if self._on_durable is not None:
+            try:
+                self._on_durable(info)
+            except Exception:
+                _log.exception("on_durable failed for the snapshot of step %d", handle.step)
+
+    def _commit(self, step: int, capture: Capture, metadata: dict[str, Any]) -> Snapshot:
+        partial: Path | None = None
+        try:
+            partial = self._repository.begin()
+            sequence = self._repository.next_sequence()
+            manifest = capture.write(partial, step=step, sequence=sequence, metadata=metadata)
+            return self._repository.commit(partial, manifest)
+        except BaseException:
+            capture.abort()
+            if partial is not None:
+                discard(partial)
+            raise
+
+    def _describe(self, handle: Handle, snapshot: Snapshot) -> SnapshotInfo:
+        handle._staged.wait()
+        info = SnapshotInfo(
+            path=snapshot.path,
+            step=handle.step,
+            stall_seconds=handle._stall,
+            durable_seconds=time.monotonic() - handle._start,
+            raw_bytes=snapshot.manifest.stream,
+            stored_bytes=snapshot.manifest.stored,
+        )
+        with self._lock:
+            self._stats.durable += 1
+            self._stats.stall_seconds += info.stall_seconds
+            self._stats.raw_bytes += info.raw_bytes
+            self._stats.stored_bytes += info.stored_bytes
+            self._stats.last = info
+        return info
+
+    def _retain(self) -> None:
+        """A snapshot that cannot be removed does not make the newest one a failure."""
+        try:
+            for snapshot in removable(self._repository.list().snapshots, self._keep):
+                self._repository.delete(snapshot.path)
+        except Error as error:
+            _log.error("old snapshots could not be removed: %s", error)
+
+    def _fail(self, handle: Handle, error: BaseException) -> None:
+        handle._error = error
+        with self._lock:
+            self._stats.failed += 1
+        _log.error("the snapshot of step %d failed: %s", handle.step, error)
+        handle._staged.set()
+        handle._done.set()
