@@ -26,6 +26,7 @@ import peers
 import plot
 import psutil
 import report
+from floors import STREAMING_STORES
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -69,7 +70,7 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """Free memory that is needed: the state, a copy for the floor, one for staging, and torch."""
+        """Free memory that is needed: the state, a copy for the floor, one for staging; torch."""
         return 4 * self.state_bytes + 2**30
 
 
@@ -127,6 +128,8 @@ def run_child(measurement: Measurement, directory: Path, tell: Callable[[str], N
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("PYSNAP_")
     }
+    if measurement.kind == "saves":
+        environment |= STREAMING_STORES
     arguments = measurement.arguments | {"directory": str(directory)}
     job = json.dumps({"measure": measurement.kind, "arguments": arguments})
     reading, writing = os.pipe()
@@ -210,8 +213,8 @@ def check_room(plan: Plan, directory: Path) -> None:
     ):
         if free < needed:
             raise SystemExit(
-                f"the benchmark needs {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are free: "
-                "make room, or choose a smaller --size or another --dir"
+                f"the benchmark needs {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are "
+                "free: make room, or choose a smaller --size or another --dir"
             )
 
 
@@ -304,8 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.show(results, console)
     if plan.parameters < FULL_PARAMETERS:
         console.print(
-            "The bars are meant for the full size: in a small state, the fixed cost of a save (a few "
-            "milliseconds of planning) weighs more, and caches flatter the floors."
+            "The bars are meant for the full size: in a small state, the fixed cost of a save (a "
+            "few milliseconds of planning) weighs more, and caches flatter the floors."
         )
     console.print(f"written: {file} and {file.with_suffix('.png').name}", highlight=False)
     if set(failed) - set(peers.PEERS.values()):

@@ -51,7 +51,7 @@ class _ForeignWork:
     def share(self) -> float:
         """Of all cores, since construction: 0 to 1."""
         busy = _busy() - self._busy - (time.process_time() - self._own)
-        return max(0.0, busy / ((time.monotonic() - self._wall) * psutil.cpu_count()))
+        return max(0.0, busy / ((time.monotonic() - self._wall) * (psutil.cpu_count() or 1)))
 
 
 def _busy() -> float:

@@ -1,4 +1,4 @@
-"""What a reader must know of the machine to judge the figures; nothing that tells which one it is."""
+"""What a reader must know of the machine to judge the figures, but not which one it is."""
 
 from __future__ import annotations
 

@@ -114,15 +114,14 @@ class Dcp:
     """`torch.distributed.checkpoint.async_save` of one process, with its default stager."""
 
     def __init__(self, parts: Parts, directory: Path) -> None:
-        from torch.distributed import checkpoint
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save
 
-        self._checkpoint = checkpoint
-        # Older versions tell by themselves that there is no process group.
-        self._options = (
-            {"no_dist": True}
-            if "no_dist" in inspect.signature(checkpoint.async_save).parameters
-            else {}
-        )
+        self._async_save = async_save
+        self._writer = FileSystemWriter
+        # Versions without it tell by themselves that there is no process group.
+        has_no_dist = "no_dist" in inspect.signature(async_save).parameters
+        self._options: dict[str, Any] = {"no_dist": True} if has_no_dist else {}
         self._parts = parts
         self._directory = directory
         self._count = 0
@@ -130,11 +129,10 @@ class Dcp:
     def save(self) -> Pending:
         self._count += 1
         path = self._directory / f"dcp-{self._count}"
-        answer: Any = self._checkpoint.async_save(
-            _state_dict(self._parts),
-            storage_writer=self._checkpoint.FileSystemWriter(path),
-            **self._options,
+        answer: Any = self._async_save(
+            _state_dict(self._parts), storage_writer=self._writer(path), **self._options
         )
+        # A plain future, or one of two in newer versions with some stagers.
         return _DcpPending(getattr(answer, "upload_completion", answer), path)
 
     def wait_ready(self) -> None:

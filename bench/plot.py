@@ -1,4 +1,4 @@
-"""The figures as bars: the median of each subject, every repetition as a dot, the floors as lines."""
+"""The figures as bars: medians, with every repetition as a dot and the floors as lines."""
 
 from __future__ import annotations
 
@@ -92,8 +92,13 @@ def _bars(axes: Axes, title: str, values: dict[str, list[float]]) -> None:
         if spread.high > spread.low:
             axes.plot(values[name], [place] * len(values[name]), ".", color=_DOT, markersize=4)
         axes.annotate(
-            f"{spread.median:.3g}", (spread.high, place), (6, 0), textcoords="offset points", va="center", fontsize=9
-        )  # fmt: skip
+            f"{spread.median:.3g}",
+            (spread.high, place),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
     axes.set_yticks(range(len(names)), [name.replace(" + ", "\n+ ") for name in names], fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.15)
@@ -103,4 +108,4 @@ def _bars(axes: Axes, title: str, values: dict[str, list[float]]) -> None:
 def _floor(axes: Axes, name: str, seconds: list[float]) -> None:
     if seconds:
         axes.axvline(statistics.median(seconds), color=_FLOOR, linestyle="--", label=name)
-        axes.legend(loc="lower right", fontsize=8, frameon=False)
+        axes.legend(loc="center right", fontsize=8, frameon=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ import restores
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 WARM_CAPTURE = 1.10
 """Times the best memcpy of the same bytes in the same repetition."""
 MEMORY_MARGIN = 64 * 2**20
 """Beside the staging budget: what encoders, threads and tables may take."""
+FOREIGN_CPU = 0.1
+"""Share of the machine, used by others, above which the figures are doubted."""
 
 Results = dict[str, Any]
 
@@ -38,15 +42,15 @@ class Spread:
         return cls(statistics.median(numbers), numbers[0], numbers[-1])
 
     def show(self, number: Callable[[float], str]) -> str:
-        """`median (low-high)`, or the one value."""
+        """The median, and below it the range if there is one."""
         if self.low == self.high:
             return number(self.median)
-        return f"{number(self.median)} ({number(self.low)}-{number(self.high)})"
+        return f"{number(self.median)}\n{number(self.low)}-{number(self.high)}"
 
 
 @dataclass(frozen=True)
 class Bar:
-    """Something that must not be more than `limit`, judged by its median; no values: not measured."""
+    """What must not be more than `limit`, judged by its median; no values: not measured."""
 
     what: str
     limit: float
@@ -84,12 +88,12 @@ def lost_seconds(result: Results) -> list[float]:
 
 def _segments(result: Results) -> list[tuple[Results, float]]:
     plain = [row["seconds"] for row in result["without"]]
-    neighbours = [statistics.mean(pair) for pair in zip(plain, plain[1:], strict=False)]
+    neighbours = [statistics.mean(pair) for pair in itertools.pairwise(plain)]
     return list(zip(result["with"], neighbours, strict=True))
 
 
 def bars(results: Results) -> list[Bar]:
-    """What pysnap must meet. A subject that failed or was not asked for leaves its bar unmeasured."""
+    """What pysnap must meet. A subject that failed leaves its bars without values."""
     saves, restored = results["saves"], _restore_times(results)
     found = []
     for subject in (peers.PYSNAP, peers.PYSNAP_RAW):
@@ -158,66 +162,90 @@ def summary(results: Results) -> Results:
 
 def show(results: Results, console: Console) -> None:
     """Tables of the medians and the bars."""
+    for table in (_saves(results), _training(results), _restores(results), _bars(results)):
+        if table is not None:
+            console.print(table)
+    worst = max(_foreign(results), default=0.0)
+    if worst > FOREIGN_CPU:
+        console.print(
+            f"[yellow]Others (with the kernel's own threads) used up to {worst:.0%} of the machine "
+            "during a measurement: repeat it when the machine is quiet."
+        )
+
+
+def _table(title: str, *columns: str) -> Table:
     from rich.table import Table
 
-    def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left", title_style="bold")
-        for index, column in enumerate(columns):
-            made.add_column(column, justify="right" if index else "left")
-        return made
+    table = Table(title=title, title_justify="left", title_style="bold", show_lines=True)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=bool(index))
+    return table
 
-    if results["saves"]:
-        made = table(
-            "Saving", "", "first blocked s", "blocked s", "x memcpy", "durable s", "x write", "MB", "extra MB"
-        )  # fmt: skip
-        for subject, result in results["saves"].items():
-            warm, extra = result["warm"], result["extra_memory"]
-            made.add_row(
-                subject,
-                Spread.of(row["blocked_seconds"] for row in result["first"]).show(_seconds),
-                Spread.of(row["blocked_seconds"] for row in warm).show(_seconds),
-                Spread.of(blocked_ratios(warm)).show(_ratio),
-                Spread.of(row["durable_seconds"] for row in warm).show(_seconds),
-                Spread.of(durable_ratios(warm)).show(_ratio),
-                _megabytes(warm[-1]["bytes"]),
-                "unknown" if extra is None else _megabytes(extra),
-            )
-        console.print(made)
-    if results["training"]:
-        made = table(
-            "Training, one save a segment", "", "segment s", "steps/s without", "steps/s with", "with / without",
-            "lost s a save", "longest step s",
-        )  # fmt: skip
-        for subject, result in results["training"].items():
-            steps, without, saving = result["steps"], result["without"], result["with"]
-            made.add_row(
-                subject if all(row["ended_inside"] for row in saving) else f"{subject} *",
-                Spread.of(row["seconds"] for row in without).show(_seconds),
-                Spread.of(steps / row["seconds"] for row in without).show(_ratio),
-                Spread.of(steps / row["seconds"] for row in saving).show(_ratio),
-                Spread.of(speed_ratios(result)).show(_ratio),
-                Spread.of(lost_seconds(result)).show(_seconds),
-                Spread.of(row["longest_step_seconds"] for row in saving).show(_seconds),
-            )
-        made.caption = "* a save outlasted its segment: it costs more than is shown"
-        console.print(made)
-    if results["restores"]:
-        made = table("Restoring into existing tensors, page cache warm", "", "first s", "seconds")
-        for name, times in _restore_times(results).items():
-            made.add_row(name, _seconds(times["first"]), Spread.of(times["warm"]).show(_seconds))
-        console.print(made)
-    made = table("Bars", "", "at most", "median (range)", "")
-    for bar in bars(results):
-        verdict = {True: "[green]PASS", False: "[red]FAIL", None: "[yellow]not measured"}
-        value = Spread.of(bar.values).show(_ratio) if bar.values else ""
-        made.add_row(bar.what, _ratio(bar.limit), value, verdict[bar.passed])
-    console.print(made)
-    worst = max(_foreign(results), default=0.0)
-    if worst > 0.1:
-        console.print(
-            f"[yellow]Others (the kernel's threads included) used up to {worst:.0%} of the machine "
-            "during a measurement: the figures are worth little if that is more than its own writes."
+
+def _saves(results: Results) -> Table | None:
+    if not results["saves"]:
+        return None
+    table = _table(
+        "Saving", "", "first\nblocked s", "blocked s", "x memcpy", "durable s", "x write", "MB",
+        "extra\nMB",
+    )  # fmt: skip
+    for subject, result in results["saves"].items():
+        warm, extra = result["warm"], result["extra_memory"]
+        table.add_row(
+            subject,
+            Spread.of(row["blocked_seconds"] for row in result["first"]).show(_seconds),
+            Spread.of(row["blocked_seconds"] for row in warm).show(_seconds),
+            Spread.of(blocked_ratios(warm)).show(_ratio),
+            Spread.of(row["durable_seconds"] for row in warm).show(_seconds),
+            Spread.of(durable_ratios(warm)).show(_ratio),
+            _megabytes(warm[-1]["bytes"]),
+            "unknown" if extra is None else _megabytes(extra),
         )
+    bound = f"{results['bound'] / 2**20:.0f} MiB"
+    table.caption = f"median, and range below it; bounded: host_memory is {bound}"
+    return table
+
+
+def _training(results: Results) -> Table | None:
+    if not results["training"]:
+        return None
+    table = _table(
+        "Training, one save in each segment", "", "segment s", "steps/s\nwithout", "steps/s\nwith",
+        "with /\nwithout", "lost s\na save", "longest\nstep s",
+    )  # fmt: skip
+    for subject, result in results["training"].items():
+        steps, without, saving = result["steps"], result["without"], result["with"]
+        if not all(row["ended_inside"] for row in saving):
+            subject += " *"
+            table.caption = "* a save outlasted its segment: it costs more than is shown"
+        table.add_row(
+            subject,
+            Spread.of(row["seconds"] for row in without).show(_seconds),
+            Spread.of(steps / row["seconds"] for row in without).show(_ratio),
+            Spread.of(steps / row["seconds"] for row in saving).show(_ratio),
+            Spread.of(speed_ratios(result)).show(_ratio),
+            Spread.of(lost_seconds(result)).show(_seconds),
+            Spread.of(row["longest_step_seconds"] for row in saving).show(_seconds),
+        )
+    return table
+
+
+def _restores(results: Results) -> Table | None:
+    if not results["restores"]:
+        return None
+    table = _table("Restoring into existing tensors, page cache warm", "", "first s", "seconds")
+    for name, times in _restore_times(results).items():
+        table.add_row(name, _seconds(times["first"]), Spread.of(times["warm"]).show(_seconds))
+    return table
+
+
+def _bars(results: Results) -> Table:
+    table = _table("Bars", "", "at most", "median\nand range", "")
+    verdict = {True: "[green]PASS", False: "[red]FAIL", None: "[yellow]not measured"}
+    for bar in bars(results):
+        value = Spread.of(bar.values).show(_ratio) if bar.values else ""
+        table.add_row(bar.what, _ratio(bar.limit), value, verdict[bar.passed])
+    return table
 
 
 def _restore_times(results: Results) -> Results:

@@ -72,9 +72,7 @@ def measure(
     for snapshotter in snapshotters.values():
         snapshotter.close()
     return {
-        "times": {
-            name: {"first": times[0], "warm": times[1:]} for name, times in seconds.items()
-        }
+        "times": {name: {"first": times[0], "warm": times[1:]} for name, times in seconds.items()}
     }
 
 

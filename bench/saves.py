@@ -1,4 +1,4 @@
-"""One way to save, alone in its process: how long the caller is blocked, time to durable, bytes, memory."""
+"""What one way to save costs: blocked time, time to durable, bytes, memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import peers
 from floors import MemcpyFloor, write_floor
 from memory import ExtraMemory
+from state import State
+
 from pysnap.memory import available_memory
 from pysnap.repository import Snapshot
 from pysnap.restore import verify
-from state import State
 
 
 def measure(
@@ -26,7 +27,7 @@ def measure(
     directory: str,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The first save and `repeats` warm ones, each beside the floors, which come right before it."""
+    """The first save and `repeats` warm ones, each right after the floors."""
     folder = Path(directory)
     tell("building the state")
     state = State.build(parameters)

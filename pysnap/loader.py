@@ -266,8 +266,7 @@ class _Draws:
                 draws.digest = _digest(index, draws.digest)
                 draws.drawn += 1
                 if draws.drawn > position.delivered:
-                    # A copy, as a sampler may fill the same list again.
-                    draws._ahead.append(copy.copy(index))
+                    draws._ahead.append(index)
             draws.exhausted = position.exhausted
         return draws
 
@@ -484,6 +483,11 @@ class ResumableLoader:
             "position": None if position is None else asdict(position),
         }
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises what `load_state_dict` would raise for a loader that is not as it was."""
+        _check_format(state)
+        self._compare(_entry(state, "fingerprint", dict))
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over the position of `state` and sets the generators that the loader owns.
 
@@ -491,8 +495,7 @@ class ResumableLoader:
         MismatchError, which names every difference, for a loader that is not as it was; nothing
         has been changed then. The number of workers may differ.
         """
-        _check_format(state)
-        self._compare(_entry(state, "fingerprint", dict))
+        self.check_state_dict(state)
         declared = _entry(state, "declared", bool)
         workers = _entry(state, "workers", bool)
         generators = _entry(state, "generators", dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ _MIDDLE = b'","snapshot":'
 _SUFFIX = b"}"
 _DIGEST_LENGTH = 32
 _LARGEST_CHUNK = 64 * 2**20
+_PAGE = 4096
 _U64 = 2**64
 
 
@@ -98,10 +100,12 @@ class Manifest:
         if _engine.digest(body).encode() != data[len(_PREFIX) : start]:
             raise CorruptError(f"{where} does not match its digest; the file is damaged")
         try:
-            snapshot = json.loads(body, object_pairs_hook=_unique_keys)
+            snapshot = json.loads(
+                body.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant
+            )
             if not isinstance(snapshot, dict):
                 raise ValueError("it is no object")
-            if snapshot.get("format") != FORMAT:
+            if type(snapshot.get("format")) is not int or snapshot["format"] != FORMAT:
                 raise FormatError(
                     f"{where} has format {snapshot.get('format')!r}, this version of pysnap reads "
                     f"format {FORMAT}; use a newer pysnap"
@@ -131,11 +135,19 @@ def _chunk_to_json(row: tuple[int, ...]) -> list[Any]:
     ]
 
 
+def _padded(size: int) -> int:
+    return (size + _PAGE - 1) // _PAGE * _PAGE
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a key stands twice in one object")
     return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _natural(value: Any, what: str, limit: int = _U64) -> int:
@@ -177,6 +189,10 @@ class _Parser:
         stream = _natural(get("stream"), "stream")
         if sum(row[1] for row in rows) != stream:
             raise ValueError("the chunks do not cover the stream")
+        placed = sorted((row[0], row[5], row[5] + row[2]) for row in rows)
+        for (pack, _, end), (next_pack, start, _) in itertools.pairwise(placed):
+            if pack == next_pack and start < end:
+                raise ValueError(f"two chunks overlap at {start}")
         return Manifest(
             id=_text(get("id"), "id"),
             step=_natural(get("step"), "step"),
@@ -203,7 +219,7 @@ class _Parser:
         _natural(raw, "the raw length of a chunk", chunk_size + 1)
         _natural(stored, "the stored length of a chunk", raw + 1)
         _natural(offset, "the offset of a chunk", packs[pack][1])
-        if offset % 4096 or offset + stored > packs[pack][1] or not stored:
+        if offset % _PAGE or offset + _padded(stored) > packs[pack][1] or not stored:
             raise ValueError(f"a chunk at {offset} does not lie in its pack")
         if not re.fullmatch(r"[0-9a-f]{32}", _text(digest, "a digest"), re.ASCII):
             raise ValueError(f"{digest!r} is no digest")

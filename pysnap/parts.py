@@ -14,7 +14,7 @@ from pysnap.layout import Leaf
 from pysnap.loader import as_part as as_loader_part
 from pysnap.manifest import Record
 from pysnap.repository import Snapshot
-from pysnap.restore import allocate, describe, fill
+from pysnap.restore import Restore, describe
 
 RESERVED = ("progress", "rng")
 """Names in a snapshot that belong to pysnap."""
@@ -88,11 +88,15 @@ def load_parts(snapshot: Snapshot, parts: dict[str, Stateful]) -> dict[str, Any]
     saved = {name: dict(tree.leaves(node)) for name, node in saved_tree.items()}
     _compare(snapshot, parts, live, saved)
 
-    leaves = _places(snapshot, live, saved)
-    state = tree.decode(saved_tree, leaves.__getitem__)
+    restore = Restore(snapshot, _places(snapshot, live, saved))
+    state = tree.decode(saved_tree, restore.leaves.__getitem__)
     if not isinstance(state, dict):
         raise CorruptError(f"{snapshot.path} holds no registered parts")
-    fill(snapshot, enumerate(leaves))
+    for name, part in parts.items():
+        check = getattr(part, "check_state_dict", None)
+        if check is not None:
+            check(state[name])
+    restore.read()
     for name, part in parts.items():
         part.load_state_dict(state.pop(name))
     return state
@@ -114,15 +118,16 @@ def _fits(leaf: Leaf, record: Record) -> bool:
 
 def _places(
     snapshot: Snapshot, live: dict[str, dict[str, Leaf]], saved: dict[str, dict[str, int]]
-) -> list[Leaf]:
-    """Where each record goes: the live leaf of its path, else a new one."""
-    leaves = allocate(snapshot)
-    for name, paths in saved.items():
-        for path, index in paths.items():
-            leaf = live.get(name, {}).get(path)
-            if leaf is not None and _fits(leaf, snapshot.manifest.tensors[index]):
-                leaves[index] = leaf
-    return leaves
+) -> dict[int, Leaf]:
+    """The live leaf of each record that has one of its shape and type at its path."""
+    return {
+        index: live[name][path]
+        for name, paths in saved.items()
+        for path, index in paths.items()
+        if name in live
+        and path in live[name]
+        and _fits(live[name][path], snapshot.manifest.tensors[index])
+    }
 
 
 def _compare(

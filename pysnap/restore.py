@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -12,81 +13,91 @@ from pysnap import _engine, tree
 from pysnap.capture import zstd_libraries
 from pysnap.errors import CorruptError, MismatchError
 from pysnap.layout import TORCH_ELEMENTS, Leaf, dtype_name, extent_of, is_dense
-from pysnap.manifest import Manifest, Record
+from pysnap.manifest import Record
 from pysnap.repository import Snapshot
 
 _HOST = -1
+_MOST_THREADS = 16
+_NOTHING = np.empty(0)
+
+_Target: TypeAlias = "tuple[int, int, int, int]"
 
 
 def load_state(snapshot: Snapshot) -> object:
-    """The whole state of a snapshot, in new tensors on the CPU; those that shared memory share
-    it again."""
-    leaves = allocate(snapshot)
-    state = tree.decode(snapshot.manifest.tree, leaves.__getitem__)
-    fill(snapshot, enumerate(leaves))
+    """The whole state of a snapshot, in new tensors on the CPU; those that shared memory share it
+    again."""
+    restore = Restore(snapshot)
+    state = tree.decode(snapshot.manifest.tree, restore.leaves.__getitem__)
+    restore.read()
     return state
 
 
-def allocate(snapshot: Snapshot) -> list[Leaf]:
-    """A new, empty tensor or array for every record. Raises CorruptError for a record that
-    cannot be."""
-    manifest = snapshot.manifest
-    itemsizes = [_itemsize(record, snapshot) for record in manifest.tensors]
-    leaves: list[Leaf | None] = [None] * len(manifest.tensors)
-    for start, end, members in _shared_ranges(manifest, itemsizes, snapshot):
-        storage = torch.empty(end - start, dtype=torch.uint8).untyped_storage()
-        for index in members:
-            leaves[index] = _view(storage, manifest.tensors[index], itemsizes[index], start)
-    return [
-        leaf if leaf is not None else _new(manifest.tensors[index])
-        for index, leaf in enumerate(leaves)
-    ]
+class Restore:
+    """Where each record of a snapshot goes: `leaves[index]` is the live leaf that was given for it,
+    of its shape and dtype, or a new one. Nothing is written before `read()`."""
 
+    def __init__(self, snapshot: Snapshot, live: Mapping[int, Leaf] = MappingProxyType({})) -> None:
+        """Allocate the new leaves. Raises CorruptError for a record that cannot be, MismatchError
+        where live tensors share memory in another way than the snapshot's."""
+        self._snapshot = snapshot
+        self._targets: list[_Target] = []
+        self._indirect: list[tuple[torch.Tensor, torch.Tensor]] = []
+        records = snapshot.manifest.tensors
+        itemsizes = [_itemsize(record, snapshot) for record in records]
+        extents = [extent_of(record, size) for record, size in zip(records, itemsizes, strict=True)]
+        _check_extents(extents, snapshot)
+        for index, leaf in live.items():
+            self._place(leaf, records[index], extents[index])
+        _check_overlap(self._targets, snapshot)
+        new = [index for index in range(len(records)) if index not in live]
+        self.leaves: list[Leaf] = [live.get(index, _NOTHING) for index in range(len(records))]
+        for index in new:
+            if not _is_torch(records[index]) or not extents[index]:
+                self.leaves[index] = leaf = _new(records[index])
+                self._targets.append((records[index].at, _address(leaf), extents[index], _HOST))
+        for start, end, members in _shared_ranges(new, extents, snapshot):
+            storage = torch.empty(end - start, dtype=torch.uint8).untyped_storage()
+            self._targets.append((start, storage.data_ptr(), end - start, _HOST))
+            for index in members:
+                offset = records[index].at - start
+                self.leaves[index] = _view(storage, offset, records[index], snapshot)
 
-def fill(snapshot: Snapshot, places: Iterable[tuple[int, Leaf]]) -> None:
-    """Read record `index` into each leaf, which has its shape and dtype, in place; only the chunks
-    that hold them are read.
+    def read(self) -> None:
+        """Read every record into its leaf; only the chunks that hold them are read.
 
-    Every chunk is checked before its bytes reach a leaf; a damaged one raises CorruptError that
-    names the file and the tensors, and leaves other chunks' bytes in place.
-    """
-    manifest = snapshot.manifest
-    targets: list[tuple[int, int, int, int]] = []
-    indirect: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for index, leaf in places:
-        record = manifest.tensors[index]
+        Every chunk is checked before its bytes reach a leaf; a damaged one raises CorruptError that
+        names the file and the tensors, and leaves other chunks' bytes in place.
+        """
+        snapshot = self._snapshot
+        try:
+            _engine.restore(
+                packs=snapshot.packs(),
+                chunks=snapshot.manifest.chunks,
+                targets=np.array(sorted(set(self._targets)), dtype=_engine.TARGET),
+                threads=min(_MOST_THREADS, _engine.available_processors()),
+                zstd=zstd_libraries(),
+            )
+        except CorruptError as error:
+            chunk = getattr(error, "chunk", None)
+            raise CorruptError(_name_tensors(str(error), chunk, snapshot)) from None
+        for tensor, staging in self._indirect:
+            tensor.copy_(staging)
+
+    def _place(self, leaf: Leaf, record: Record, extent: int) -> None:
+        """A live leaf gets its bytes straight where it has them in the order of the stream."""
         if isinstance(leaf, np.ndarray):
             if not (leaf.flags.c_contiguous and leaf.flags.writeable):
                 raise MismatchError(
                     "an array is not contiguous or not writeable; register one that is"
                 )
-            targets.append((record.at, leaf.__array_interface__["data"][0], leaf.nbytes, _HOST))
-            continue
-        tensor = leaf.detach()
-        if tensor.device.type != "cpu" or not _same_order(tensor, record):
-            staging = _new(record)
-            assert isinstance(staging, torch.Tensor)
-            indirect.append((tensor, staging))
-            tensor = staging
-        targets.append(
-            (record.at, tensor.data_ptr(), tensor.numel() * tensor.element_size(), _HOST)
-        )
-    _check_overlap(targets, snapshot)
-    table = np.array(sorted(set(targets)), dtype=_engine.TARGET)
-    try:
-        _engine.restore(
-            packs=snapshot.packs(),
-            chunks=manifest.chunks,
-            targets=table,
-            threads=min(16, _engine.available_processors()),
-            zstd=zstd_libraries(),
-        )
-    except CorruptError as error:
-        raise CorruptError(
-            _name_tensors(str(error), getattr(error, "chunk", None), snapshot)
-        ) from None
-    for tensor, staging in indirect:
-        tensor.copy_(staging)
+        else:
+            leaf = leaf.detach()
+            if leaf.device.type != "cpu" or not _same_order(leaf, record):
+                staging = _new(record)
+                assert isinstance(staging, torch.Tensor)
+                self._indirect.append((leaf, staging))
+                leaf = staging
+        self._targets.append((record.at, _address(leaf), extent, _HOST))
 
 
 def verify(snapshot: Snapshot) -> list[str]:
@@ -95,7 +106,7 @@ def verify(snapshot: Snapshot) -> list[str]:
         damages = _engine.verify(
             packs=snapshot.packs(),
             chunks=snapshot.manifest.chunks,
-            threads=min(16, _engine.available_processors()),
+            threads=min(_MOST_THREADS, _engine.available_processors()),
             zstd=zstd_libraries(),
         )
     except CorruptError as error:
@@ -110,7 +121,7 @@ def _same_order(tensor: torch.Tensor, record: Record) -> bool:
 
 
 def _itemsize(record: Record, snapshot: Snapshot) -> int:
-    if record.dtype in TORCH_ELEMENTS:
+    if _is_torch(record):
         dtype = getattr(torch, record.dtype, None)
         if dtype is None:
             raise MismatchError(
@@ -129,40 +140,51 @@ def _itemsize(record: Record, snapshot: Snapshot) -> int:
     return dtype.itemsize
 
 
-def _shared_ranges(
-    manifest: Manifest, itemsizes: list[int], snapshot: Snapshot
-) -> list[tuple[int, int, list[int]]]:
-    """Ranges of the stream, and the tensors in each that share memory; arrays and tensors
-    without elements are in none."""
-    stream = manifest.stream
-    ranges: list[tuple[int, int, list[int]]] = []
-    for index in sorted(range(len(itemsizes)), key=lambda index: manifest.tensors[index].at):
-        record = manifest.tensors[index]
-        end = record.at + extent_of(record, itemsizes[index])
-        if end > stream:
+def _check_extents(extents: list[int], snapshot: Snapshot) -> None:
+    stream = snapshot.manifest.stream
+    for record, extent in zip(snapshot.manifest.tensors, extents, strict=True):
+        if extent and record.at + extent > stream:
             raise CorruptError(
                 f"{snapshot.path} holds a tensor that reaches past the end of the stream"
             )
-        if end == record.at or record.dtype not in TORCH_ELEMENTS:
+
+
+def _shared_ranges(
+    indices: list[int], extents: list[int], snapshot: Snapshot
+) -> list[tuple[int, int, list[int]]]:
+    """Ranges of the stream, and the tensors in each, which share memory."""
+    records = snapshot.manifest.tensors
+    ranges: list[tuple[int, int, list[int]]] = []
+    for index in sorted(indices, key=lambda index: records[index].at):
+        start, end = records[index].at, records[index].at + extents[index]
+        if not extents[index] or not _is_torch(records[index]):
             continue
-        if ranges and record.at < ranges[-1][1]:
-            start, last_end, members = ranges[-1]
-            ranges[-1] = (start, max(end, last_end), [*members, index])
+        if ranges and start < ranges[-1][1]:
+            first, last, members = ranges[-1]
+            ranges[-1] = (first, max(end, last), [*members, index])
         else:
-            ranges.append((record.at, end, [index]))
+            ranges.append((start, end, [index]))
     return ranges
 
 
 def _view(
-    storage: torch.UntypedStorage, record: Record, itemsize: int, start: int
-) -> torch.Tensor | None:
-    offset = record.at - start
-    if offset % itemsize:
-        return None
+    storage: torch.UntypedStorage, offset: int, record: Record, snapshot: Snapshot
+) -> torch.Tensor:
+    empty = torch.empty(0, dtype=getattr(torch, record.dtype))
+    if offset % empty.element_size():
+        raise CorruptError(f"{snapshot.path} holds tensors that overlap by parts of an element")
     strides = record.strides or _row_major(record.shape)
-    return torch.empty(0, dtype=getattr(torch, record.dtype)).set_(
-        storage, offset // itemsize, record.shape, strides
-    )
+    return empty.set_(storage, offset // empty.element_size(), record.shape, strides)
+
+
+def _is_torch(record: Record) -> bool:
+    return record.dtype in TORCH_ELEMENTS
+
+
+def _address(leaf: Leaf) -> int:
+    if isinstance(leaf, np.ndarray):
+        return int(leaf.__array_interface__["data"][0])
+    return leaf.data_ptr()
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -175,14 +197,14 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _new(record: Record) -> Leaf:
-    if record.dtype not in TORCH_ELEMENTS:
+    if not _is_torch(record):
         return np.empty(record.shape, dtype=record.dtype)
     return torch.empty_strided(
         record.shape, record.strides or _row_major(record.shape), dtype=getattr(torch, record.dtype)
     )
 
 
-def _check_overlap(targets: list[tuple[int, int, int, int]], snapshot: Snapshot) -> None:
+def _check_overlap(targets: list[_Target], snapshot: Snapshot) -> None:
     """Live tensors that share memory must share bytes of the stream in the same way, else one
     would overwrite the other."""
     end, shift = 0, 0

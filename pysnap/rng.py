@@ -20,17 +20,12 @@ def capture() -> dict[str, Any]:
     # 625 words as bytes: a list of them would be the largest thing in a manifest.
     python = {"version": version, "words": np.array(words, dtype="<u4").tobytes(), "gauss": gauss}
     state = np.random.get_state(legacy=False)
-    assert isinstance(state, dict)
-    inner = {
-        key: value.tobytes() if isinstance(value, np.ndarray) else value
-        for key, value in state["state"].items()
-    }
     # A CUDA context is not made for this: without one, no program has drawn from it.
     has_cuda = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch's own gap
     cuda = torch.cuda.get_rng_state_all() if has_cuda else []
     return {
         "python": python,
-        "numpy": {**state, "state": inner},
+        "numpy": _pack(state),
         "torch": torch.get_rng_state().numpy().tobytes(),
         "cuda": [device.numpy().tobytes() for device in cuda],
     }
@@ -45,12 +40,8 @@ def restore(state: dict[str, Any]) -> None:
     try:
         python, numpy, cuda = state["python"], state["numpy"], state["cuda"]
         words = tuple(np.frombuffer(python["words"], dtype="<u4").tolist())
-        inner = {
-            key: np.frombuffer(value, dtype=np.uint32) if isinstance(value, bytes) else value
-            for key, value in numpy["state"].items()
-        }
         random.setstate((python["version"], words, python["gauss"]))
-        np.random.set_state({**numpy, "state": inner})
+        np.random.set_state(_unpack(numpy))
         torch.set_rng_state(_tensor(state["torch"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CorruptError(f"the random states of the snapshot are not valid: {error}") from error
@@ -65,6 +56,19 @@ def restore(state: dict[str, Any]) -> None:
             "it is not restored",
             missing,
         )
+
+
+def _pack(value: Any) -> Any:
+    """Arrays as bytes: in the tree they would be tensors, at a new address in every snapshot."""
+    if isinstance(value, dict):
+        return {name: _pack(item) for name, item in value.items()}
+    return (value.dtype.str, value.tobytes()) if isinstance(value, np.ndarray) else value
+
+
+def _unpack(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _unpack(item) for name, item in value.items()}
+    return np.frombuffer(value[1], dtype=value[0]) if isinstance(value, tuple) else value
 
 
 def _tensor(state: bytes) -> torch.Tensor:

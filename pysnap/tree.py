@@ -52,6 +52,8 @@ MAX_DEPTH = 64
 
 # An integer of so many bits has at most 4300 digits, Python's limit for reading and printing.
 _MAX_INT_BITS = 14284
+# The `dtype.str` of a scalar: order of bytes, kind, size and unit of time.
+_SCALAR = re.compile(r"[<|][biufcmMSU][0-9]{0,9}(\[[0-9]{0,9}[A-Za-z]{1,2}\])?")
 # Paths are cut to so many characters in messages.
 _MAX_SHOWN = 200
 
@@ -203,13 +205,9 @@ def _is_unicode(text: str) -> bool:
 
 def _is_portable(dtype: np.dtype[Any]) -> bool:
     """Whether `dtype.str` says everything about `dtype`, on every machine."""
-    widest = {"f": 8, "c": 16}.get(dtype.kind, sys.maxsize)
-    return (
-        dtype.kind in "biufcmMSUV"
-        and dtype.itemsize <= widest
-        and dtype.fields is None
-        and np.dtype(dtype.str) == dtype
-    )
+    if dtype.kind not in "biufcmMSUV" or np.dtype(dtype.str) != dtype:
+        return False
+    return dtype.itemsize <= {"f": 8, "c": 16}.get(dtype.kind, sys.maxsize)
 
 
 def _find_enum(module: str, qualname: str) -> type[Enum] | None:
@@ -678,13 +676,12 @@ def _decode_float(content: Json) -> float:
 
 def _decode_scalar(content: Json) -> np.generic:
     match content:
-        case [str(name), str(text)] if len(name) <= 32:
+        case [str(name), str(text)] if re.fullmatch(_SCALAR, name):
             data = _decode_bytes(text)
             dtype = np.dtype(name)
         case _:
-            raise ValueError("$scalar is not a dtype and bytes")
-    plain = dtype.str == name and dtype.kind != "V" and _is_portable(dtype)
-    if not plain or dtype.itemsize != len(data):
+            raise ValueError("$scalar is not a plain dtype and bytes")
+    if dtype.str != name or not _is_portable(dtype) or dtype.itemsize != len(data):
         raise ValueError(f"$scalar is not {len(data)} bytes of a plain dtype")
     scalar: np.generic
     if dtype.kind == "U":

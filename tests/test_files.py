@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference_writer import Writer
 from support import assert_same, bits, flip
 
 import pysnap
@@ -216,6 +217,24 @@ def test_a_missing_pack_is_named(tmp_path: Path) -> None:
     (path / "0.pack").unlink()
     with pytest.raises(pysnap.StorageError, match=r"0\.pack"):
         pysnap.load(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [([500], [2]), ([1000, 1000], [0, 1]), ([3, 4], [1, 3]), ([7], [0])],
+    ids=["gaps", "repeated rows", "transposed", "one element"],
+)
+def test_strides_of_a_manifest_do_not_lead_out_of_memory(
+    tmp_path: Path, shape: list[int], strides: list[int]
+) -> None:
+    """A tensor of 1000x1000 that repeats one row of the stream was restored past the end of it."""
+    writer = Writer()
+    values = np.arange(2000, dtype="<i4")
+    writer.add(values.tobytes(), "int32", [2000])
+    writer.alias(0, "int32", shape, strides=strides)
+    writer.write(tmp_path / "s", [{"$tensor": 1}])
+    loaded = pysnap.load(tmp_path / "s")[0]
+    assert torch.equal(loaded, torch.from_numpy(values).as_strided(shape, strides))
 
 
 def test_load_of_what_is_no_snapshot(tmp_path: Path) -> None:

@@ -99,6 +99,32 @@ class DrawnInIter(Sampler[int]):
         return 7
 
 
+class Reversed(Sampler[int]):
+    """A sampler over a sampler."""
+
+    def __init__(self, below: Sampler[int]) -> None:
+        self.below = below
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(list(self.below)[::-1])
+
+    def __len__(self) -> int:
+        return 7
+
+
+class NoSampler:
+    """An iterable that is not of torch's class."""
+
+    def __init__(self, seed: int) -> None:
+        self.order = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(7, generator=self.order).tolist()
+
+    def __len__(self) -> int:
+        return 7
+
+
 class UnevenBatches(Sampler[list[int]]):
     """A batch sampler that has its own generator, no sampler below it, and fills one list."""
 
@@ -318,6 +344,13 @@ BUILDS: dict[str, Build] = {
     "own Philox": loader_of(
         lambda seed: {"batch_size": 2, "sampler": NumpyDrawn(np.random.Philox(seed))}
     ),
+    "sampler over sampler": loader_of(
+        lambda seed: {
+            "batch_size": 2,
+            "sampler": Reversed(RandomSampler(Ids(), generator=generator(seed))),
+        }
+    ),
+    "iterable as sampler": loader_of(lambda seed: {"batch_size": 2, "sampler": NoSampler(seed)}),
     "drawn in iter": loader_of(lambda seed: {"batch_size": 2, "sampler": DrawnInIter()}),
     "batch sampler": loader_of(lambda seed: {"batch_sampler": UnevenBatches(seed)}),
     "nested batch sampler": loader_of(
@@ -335,8 +368,17 @@ BUILDS: dict[str, Build] = {
 }
 
 WORKER_BUILDS: dict[str, Build] = {
-    "workers": loader_of(lambda seed: {"batch_size": 2, "shuffle": True, "num_workers": 2}),
-    "workers, generator": loader_of(
+    # RandomSampler draws once more when it ends, which is while batches are under way.
+    "workers": loader_of(
+        lambda seed: {
+            "batch_size": 2,
+            "shuffle": True,
+            "drop_last": True,
+            "generator": generator(seed),
+            "num_workers": 2,
+        }
+    ),
+    "workers, replacement": loader_of(
         lambda seed: {
             "batch_size": 4,
             "num_workers": 2,
@@ -688,6 +730,25 @@ def test_going_back_in_the_same_process() -> None:
     assert delivered(loader) == rest
 
 
+def test_an_iterator_from_before_a_load_is_not_the_position() -> None:
+    loader = resumable(seven())
+    before = plain(loader.state_dict())
+    abandoned = iter(loader)
+    next(abandoned)
+    loader.load_state_dict(before)
+    next(abandoned)
+    assert loader.state_dict() == before
+    assert delivered(abandoned) == WHOLE[2:]
+    assert loader.state_dict() == before
+
+    loader.begin_epoch()
+    abandoned = iter(loader)
+    assert delivered(loader) == WHOLE
+    ended = loader.state_dict()
+    assert delivered(abandoned) == WHOLE
+    assert loader.state_dict() == ended
+
+
 def test_draws_between_iter_and_the_first_batch() -> None:
     def start() -> tuple[ResumableLoader, Iterator[Any]]:
         seed_all(1)
@@ -979,6 +1040,19 @@ def test_stateful_loader_cut_anywhere(name: str) -> None:
         assert before.trace + after.trace == whole.trace, f"cut at point {cut}"
 
 
+def test_stateful_loader_cut_twice_anywhere() -> None:
+    options = STATEFUL["generator"]
+    whole = stateful_run(options, 1)
+    for cut in range(whole.points):
+        before = stateful_run(options, 1, cut=cut)
+        left = stateful_run(options, 99, snapshot=before.snapshot)
+        for second in range(left.points):
+            middle = stateful_run(options, 99, snapshot=before.snapshot, cut=second)
+            after = stateful_run(options, 98, snapshot=middle.snapshot)
+            trace = before.trace + middle.trace + after.trace
+            assert trace == whole.trace, f"cuts {cut}, {second}"
+
+
 def test_stateful_loader_over_a_stream() -> None:
     whole = stateful_run({}, 1, data=Stream())
     for cut in range(whole.points):
@@ -1008,9 +1082,11 @@ def test_stateful_loader_begin_epoch_drops_the_position() -> None:
         loaded.load_state_dict(copied(part.state_dict()))
         return fresh, loaded
 
+    rng = torch.get_rng_state()
     assert list(other()[0]) == WHOLE[1:]
     fresh, loaded = other()
     loaded.begin_epoch()
+    assert torch.equal(torch.get_rng_state(), rng)
     assert list(fresh) == WHOLE
     part.begin_epoch()
     fresh, loaded = other()
@@ -1031,6 +1107,15 @@ def test_stateful_loader_is_not_started_by_saving() -> None:
     StatefulLoaderPart(used).load_state_dict(state)
     assert used._iterator is None
     assert len(list(used)) == 3
+
+
+def test_stateful_loader_that_its_owner_has_loaded() -> None:
+    first, second, third = (stateful({}, 1) for _ in range(3))
+    next(iter(first))
+    second.load_state_dict(copied(first.state_dict()))
+    state = copied(StatefulLoaderPart(second).state_dict())
+    StatefulLoaderPart(third).load_state_dict(state)
+    assert list(third) == list(second) == WHOLE[1:]
 
 
 def test_only_a_stateful_loader_needs_a_stand_in() -> None:

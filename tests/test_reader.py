@@ -195,6 +195,25 @@ def test_tied_tensors_share_memory(tmp_path: Path) -> None:
     assert not np.shares_memory(weight, tensors["model/half"])
 
 
+def test_views_that_overlap_in_part_share_memory(tmp_path: Path) -> None:
+    writer = reference.Writer(chunk_size=16)
+    writer.add(np.arange(10, dtype="<i4").tobytes(), "int32", [10])
+    for at in (0, 8, 24):
+        writer.alias(at, "int32", [4])
+    nodes = [{"$tensor": index} for index in (3, 1, 2)]
+    writer.write(tmp_path / "a", nodes)
+    last, first, middle = read_snapshot(tmp_path / "a").tree()
+    assert (first.tolist(), middle.tolist(), last.tolist()) == (
+        [0, 1, 2, 3],
+        [2, 3, 4, 5],
+        [6, 7, 8, 9],
+    )
+    middle[0] = 99
+    assert first.tolist() == [0, 1, 99, 3]
+    last[0] = 99
+    assert middle.tolist() == [99, 3, 4, 5]
+
+
 @pytest.mark.parametrize("dtype", sorted(reader.DTYPES))
 def test_every_dtype(tmp_path: Path, dtype: str) -> None:
     width = getattr(torch, dtype).itemsize if hasattr(torch, dtype) else 1

@@ -398,6 +398,14 @@ TEST(headers_that_lie_are_refused) {
   }
 }
 
+TEST(a_length_that_is_no_number_of_elements_is_refused) {
+  const auto constants = [](std::uint32_t kept) {
+    return joined({header(0, 2, kept), entry(kConstant, 1), entry(kConstant, 1), {7, 7}});
+  };
+  CHECK(decode(Element::kI16, constants(6), 6) == Bytes(6, 7));
+  CHECK(refuses(Element::kI16, constants(7), 7));
+}
+
 TEST(maps_that_lie_are_refused) {
   const Bytes rest = joined({entry(kConstant, 1), {7}});
   const std::size_t size = 3 * kLine;

@@ -67,10 +67,10 @@ class State {
     }
   }
 
-  // `chunks` tensors of one chunk each.
-  static State of_chunks(std::size_t chunks) {
+  // `chunks` tensors of one chunk each, all ones.
+  static State of_chunks(std::size_t chunks, std::size_t chunk_size) {
     State state({});
-    state.tensors_.assign(chunks, Bytes(kChunk, 1));
+    state.tensors_.assign(chunks, Bytes(chunk_size, 1));
     return state;
   }
 
@@ -348,7 +348,7 @@ TEST(capture_copies_the_eager_chunks_alone) {
   EngineOptions options = small_engine();
   options.slots = 4;
   const std::shared_ptr<Engine> engine = Engine::create(options);
-  const State state = State::of_chunks(4);
+  const State state = State::of_chunks(4, kChunk);
   std::vector<Extent> extents = state.extents();
   extents.push_back({1, kChunk, kHost});
   const std::shared_ptr<Job> job =
@@ -396,7 +396,7 @@ TEST(options_that_cannot_be_are_refused) {
 
 TEST(spans_that_do_not_fit_are_refused) {
   const std::shared_ptr<Engine> engine = Engine::create(small_engine());
-  const State state = State::of_chunks(2);
+  const State state = State::of_chunks(2, kChunk);
   const auto begins = [&](const std::vector<Span>& spans, std::size_t eager) {
     return thrown_by([&] { engine->begin(state.extents(), spans, eager)->abort(); });
   };
@@ -575,12 +575,42 @@ TEST(abort_closes_the_pack) {
   CHECK(!is_open());
 }
 
-// The sanitizers see a read of the sources that comes after abort() or wait_staged().
+// The next three look for a copy that is still running when the caller goes on: chunks that take a
+// while, and many rounds.
+constexpr std::size_t kLongChunk = 64 * kPageSize;
+
+EngineOptions engine_of_long_chunks() {
+  EngineOptions options = small_engine();
+  options.chunk_size = kLongChunk;
+  options.slots = 16;
+  options.copy_threads = 4;
+  return options;
+}
+
+std::shared_ptr<Job> begin_long(Engine& engine, const State& state, std::size_t eager) {
+  const std::vector<Span> spans(state.extents().size(), Span{kLongChunk, Element::kF32});
+  return engine.begin(state.extents(), spans, eager);
+}
+
+TEST(nothing_eager_is_read_after_capture) {
+  const TemporaryDirectory directory;
+  const std::shared_ptr<Engine> engine = Engine::create(engine_of_long_chunks());
+  const Bytes stream = State::of_chunks(5, kLongChunk).stream();
+  for (int i = 0; i < 30; ++i) {
+    State state = State::of_chunks(5, kLongChunk);
+    const std::shared_ptr<Job> job = begin_long(*engine, state, 5);
+    CHECK(job->capture({}, nullptr));
+    state.scribble();
+    const std::string path = directory / std::to_string(i);
+    CHECK(read_back(path, write_pack(*job, path), stream.size()) == stream);
+  }
+}
+
 TEST(nothing_is_read_after_abort) {
-  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  const std::shared_ptr<Engine> engine = Engine::create(engine_of_long_chunks());
   for (int i = 0; i < 100; ++i) {
-    State state = State::of_chunks(20);
-    const std::shared_ptr<Job> job = begin(*engine, state, 0);
+    State state = State::of_chunks(8, kLongChunk);
+    const std::shared_ptr<Job> job = begin_long(*engine, state, i % 2);
     CHECK(job->capture({}, nullptr));
     job->abort();
     state.scribble();
@@ -590,12 +620,10 @@ TEST(nothing_is_read_after_abort) {
 
 TEST(nothing_is_read_after_wait_staged_of_a_failed_job) {
   const TemporaryDirectory directory;
-  EngineOptions options = small_engine();
-  options.copy_threads = 4;
-  const std::shared_ptr<Engine> engine = Engine::create(options);
+  const std::shared_ptr<Engine> engine = Engine::create(engine_of_long_chunks());
   for (int i = 0; i < 50; ++i) {
-    State state = State::of_chunks(20);
-    const std::shared_ptr<Job> job = begin(*engine, state, 0);
+    State state = State::of_chunks(8, kLongChunk);
+    const std::shared_ptr<Job> job = begin_long(*engine, state, 0);
     CHECK(job->capture({}, nullptr));
     CHECK_EQ(errno_of([&] { job->open_pack(directory / "missing/0.pack"); }), ENOENT);
     CHECK(job->wait_staged(kForever));

@@ -1,0 +1,401 @@
+"""Each stage of a save and of a restore beside the least that any implementation must do.
+
+    python -m pytest bench --benchmark-enable
+
+A group is one stage; compare within it. Every result is checked after it was timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from floors import Buffer, MemcpyFloor, write_and_sync
+from pytest_benchmark.fixture import BenchmarkFixture
+from state import State
+
+from pysnap import _engine, tree
+from pysnap.capture import zstd_libraries
+from pysnap.layout import Leaf, Plan, Planner
+from pysnap.manifest import Manifest
+
+PARAMETERS = 8_000_000
+CHUNK_SIZE = 4 * 2**20
+CODECS = {"planes": zstd_libraries(), "none": []}
+THREADS = _engine.available_processors()
+ROUNDS = 5
+
+
+def rounds(
+    benchmark: BenchmarkFixture,
+    call: Callable[..., object],
+    *,
+    setup: Callable[[], tuple[tuple[Any, ...], dict[str, Any]] | None] | None = None,
+) -> None:
+    """Time `call` ROUNDS times after one warm-up; `setup` runs before each and gives arguments."""
+    benchmark.pedantic(call, setup=setup, rounds=ROUNDS, warmup_rounds=1)
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    return State.build(PARAMETERS)
+
+
+@pytest.fixture(scope="module")
+def leaves(state: State) -> list[tuple[str, Leaf]]:
+    return list(state.tensors().items())
+
+
+@pytest.fixture(scope="module")
+def plan(leaves: list[tuple[str, Leaf]]) -> Plan:
+    return Planner(CHUNK_SIZE).plan(leaves)
+
+
+@pytest.fixture(scope="module")
+def floor(state: State) -> MemcpyFloor:
+    return MemcpyFloor(list(state.tensors().values()))
+
+
+@pytest.fixture
+def memory_folder() -> Iterator[Path]:
+    """A folder in memory, so that no disk is part of what is timed."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def disk_folder() -> Iterator[Path]:
+    """A folder on the disk that holds this file; that of pytest may be in memory."""
+    with tempfile.TemporaryDirectory(prefix=".stages-", dir=Path(__file__).parent) as folder:
+        yield Path(folder)
+
+
+class Engine:
+    """An engine with room for the whole state; `staged` begins a job and captures it."""
+
+    def __init__(self, plan: Plan, codec: str) -> None:
+        self.plan = plan
+        self.engine = _engine.Engine(
+            chunk_size=CHUNK_SIZE,
+            slots=len(plan.spans) + 1,
+            workers=max(2, THREADS // 2),
+            copy_threads=THREADS,
+            nice=0,
+            direct_io=True,
+            zstd=CODECS[codec],
+        )
+        self.engine.reserve(plan.stream)
+        self.engine.wait_reserved()
+        self.job: _engine.Job | None = None
+
+    def begin(self) -> _engine.Job:
+        """A new job, in place of the last one."""
+        if self.job is not None:
+            self.job.abort()
+        self.job = self.engine.begin(self.plan.extents, self.plan.spans, self.plan.eager)
+        return self.job
+
+    def staged(self) -> _engine.Job:
+        """A new job whose bytes are all in staging memory."""
+        job = self.begin()
+        job.capture()
+        return job
+
+
+@pytest.fixture
+def make_engine(plan: Plan) -> Iterator[Callable[[str], Engine]]:
+    made: list[Engine] = []
+
+    def make(codec: str) -> Engine:
+        made.append(Engine(plan, codec))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.engine.close()
+
+
+def write_pack(job: _engine.Job, path: Path) -> tuple[Any, int]:
+    """From staged to durable: the chunk table and the size of the pack."""
+    job.open_pack(str(path))
+    job.wait_written()
+    return job.finish()
+
+
+def fresh(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+# Copy: the bytes of the tensors into memory that was touched before.
+
+
+@pytest.mark.benchmark(group="copy")
+def test_copy_capture(
+    benchmark: BenchmarkFixture, make_engine: Callable[[str], Engine], plan: Plan, tmp_path: Path
+) -> None:
+    engine = make_engine("none")
+    rounds(benchmark, lambda job: job.capture(), setup=lambda: ((engine.begin(),), {}))
+    chunks, _ = write_pack(engine.staged(), tmp_path / "0.pack")
+    assert int(chunks["raw"].sum(dtype=np.uint64)) == plan.stream
+
+
+@pytest.mark.benchmark(group="copy")
+@pytest.mark.parametrize("implementation", ["memmove", "torch"])
+def test_copy_floor(benchmark: BenchmarkFixture, floor: MemcpyFloor, implementation: str) -> None:
+    copies = {"memmove": floor.copy_in_threads, "torch": floor.copy_with_torch}
+    floor.clear()
+    rounds(benchmark, copies[implementation])
+    assert floor.is_copied()
+
+
+# Encode: from staged chunks to a pack in memory; the floor writes the same bytes as they are.
+
+
+@pytest.mark.benchmark(group="encode")
+@pytest.mark.parametrize("codec", CODECS)
+def test_encode(
+    benchmark: BenchmarkFixture,
+    make_engine: Callable[[str], Engine],
+    plan: Plan,
+    memory_folder: Path,
+    codec: str,
+) -> None:
+    engine = make_engine(codec)
+    path = memory_folder / "0.pack"
+
+    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        fresh(path)
+        return (engine.staged(), path), {}
+
+    rounds(benchmark, write_pack, setup=setup)
+    fresh(path)
+    chunks, size = write_pack(engine.staged(), path)
+    assert _verify(path, size, chunks) == []
+    smaller = int(chunks["stored"].sum(dtype=np.uint64)) < plan.stream
+    assert smaller == (codec == "planes")
+
+
+@pytest.mark.benchmark(group="encode")
+def test_encode_floor_plain_file(
+    benchmark: BenchmarkFixture, floor: MemcpyFloor, memory_folder: Path
+) -> None:
+    _time_plain_file(benchmark, floor.buffer, memory_folder / "plain", direct=False)
+
+
+# Write: from staged chunks to a durable pack on disk, without encoding.
+
+
+@pytest.mark.benchmark(group="write")
+def test_write_pack(
+    benchmark: BenchmarkFixture, make_engine: Callable[[str], Engine], plan: Plan, disk_folder: Path
+) -> None:
+    engine = make_engine("none")
+    path = disk_folder / "0.pack"
+
+    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        fresh(path)
+        return (engine.staged(), path), {}
+
+    rounds(benchmark, write_pack, setup=setup)
+    assert path.stat().st_size >= plan.stream
+
+
+@pytest.mark.benchmark(group="write")
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+def test_write_floor_plain_file(
+    benchmark: BenchmarkFixture, floor: MemcpyFloor, disk_folder: Path, direct: bool
+) -> None:
+    _time_plain_file(benchmark, floor.buffer, disk_folder / "plain", direct=direct)
+
+
+def _time_plain_file(
+    benchmark: BenchmarkFixture, data: Buffer, path: Path, *, direct: bool
+) -> None:
+    rounds(
+        benchmark,
+        lambda: write_and_sync(path, data.view, direct=direct),
+        setup=lambda: fresh(path),
+    )
+    assert path.read_bytes() == data.view
+
+
+# Restore: read, check, decode and copy into tensors; packs in memory, so the disk is no part of it.
+
+
+@pytest.mark.benchmark(group="restore")
+@pytest.mark.parametrize("codec", CODECS)
+def test_restore(
+    benchmark: BenchmarkFixture,
+    make_engine: Callable[[str], Engine],
+    plan: Plan,
+    state: State,
+    memory_folder: Path,
+    codec: str,
+) -> None:
+    path = memory_folder / "0.pack"
+    chunks, size = write_pack(make_engine(codec).staged(), path)
+    restored = [torch.zeros_like(tensor) for tensor in state.tensors().values()]
+    targets = np.array(
+        sorted(
+            (record.at, tensor.data_ptr(), tensor.nbytes, -1)
+            for record, tensor in zip(plan.records, restored, strict=True)
+        ),
+        dtype=_engine.TARGET,
+    )
+    rounds(
+        benchmark,
+        lambda: _engine.restore(
+            packs=[(str(path), size)],
+            chunks=chunks,
+            targets=targets,
+            threads=THREADS,
+            zstd=CODECS["planes"],
+        ),
+    )
+    for tensor, expected in zip(restored, state.tensors().values(), strict=True):
+        assert torch.equal(tensor.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.benchmark(group="restore")
+def test_restore_floor_plain_file(
+    benchmark: BenchmarkFixture, floor: MemcpyFloor, memory_folder: Path
+) -> None:
+    path = memory_folder / "plain"
+    path.write_bytes(floor.buffer.view)
+    target = Buffer(floor.buffer.size)
+
+    def read() -> None:
+        with open(path, "rb", buffering=0) as file:
+            at = 0
+            while count := file.readinto(target.view[at:]):
+                at += count
+
+    rounds(benchmark, read)
+    assert target.view == floor.buffer.view
+
+
+# Digest: of one chunk, as the workers take it; the floors read it, and check it as torch.save does.
+
+
+@pytest.fixture(scope="module")
+def chunk() -> np.ndarray[Any, np.dtype[np.uint64]]:
+    return np.random.default_rng(1).integers(2**63, size=CHUNK_SIZE // 8, dtype=np.uint64)
+
+
+@pytest.mark.benchmark(group="digest")
+def test_digest(benchmark: BenchmarkFixture, chunk: np.ndarray[Any, np.dtype[np.uint64]]) -> None:
+    assert benchmark(_engine.digest, chunk) == xxhash.xxh3_128_hexdigest(chunk)
+
+
+@pytest.mark.benchmark(group="digest")
+@pytest.mark.parametrize(
+    "read",
+    [np.bitwise_xor.reduce, xxhash.xxh3_128_digest, zlib.crc32],
+    ids=["read", "xxhash", "crc32"],
+)
+def test_digest_floor(
+    benchmark: BenchmarkFixture,
+    chunk: np.ndarray[Any, np.dtype[np.uint64]],
+    read: Callable[[object], object],
+) -> None:
+    assert benchmark(read, chunk) == read(chunk)
+
+
+# Plan: from a state to the tables of the engine; the floor only looks at every tensor.
+
+
+@pytest.mark.benchmark(group="plan")
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "new"])
+def test_plan(
+    benchmark: BenchmarkFixture, leaves: list[tuple[str, Leaf]], plan: Plan, cached: bool
+) -> None:
+    planner = Planner(CHUNK_SIZE)
+    planner.plan(leaves)
+    made = benchmark(lambda: (planner if cached else Planner(CHUNK_SIZE)).plan(leaves))
+    assert made.records == plan.records
+
+
+@pytest.mark.benchmark(group="plan")
+def test_plan_tree(benchmark: BenchmarkFixture, state: State) -> None:
+    encoded, found = benchmark(lambda: _encode(state))
+    assert len(found) == len(state.tensors())
+    assert set(encoded) == {"model", "optimizer"}
+
+
+@pytest.mark.benchmark(group="plan")
+def test_plan_floor_look_at_tensors(benchmark: BenchmarkFixture, state: State) -> None:
+    tensors = list(state.tensors().values())
+    seen = benchmark(lambda: [(t.data_ptr(), t.nbytes, t.dtype, t.shape) for t in tensors])
+    assert sum(size for _, size, _, _ in seen) == state.nbytes
+
+
+def _encode(state: State) -> tuple[Any, list[Leaf]]:
+    found: list[Leaf] = []
+
+    def put(_path: str, leaf: Leaf) -> int:
+        found.append(leaf)
+        return len(found) - 1
+
+    parts = {name: part.state_dict() for name, part in state.parts().items()}
+    return tree.encode(parts, put), found
+
+
+# Manifest: to and from its bytes; the floors are JSON alone.
+
+
+@pytest.fixture(scope="module")
+def manifest(state: State, plan: Plan) -> Manifest:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        engine = Engine(plan, "planes")
+        chunks, size = write_pack(engine.staged(), Path(folder) / "0.pack")
+        engine.engine.close()
+    return Manifest(
+        id="0" * 32,
+        step=1,
+        sequence=1,
+        created="2026-01-01T00:00:00+00:00",
+        tree=_encode(state)[0],
+        tensors=plan.records,
+        chunk_size=CHUNK_SIZE,
+        packs=[("0.pack", size)],
+        chunks=chunks,
+    )
+
+
+@pytest.mark.benchmark(group="manifest")
+def test_manifest_to_bytes(benchmark: BenchmarkFixture, manifest: Manifest) -> None:
+    assert benchmark(manifest.to_bytes).endswith(b"}")
+
+
+@pytest.mark.benchmark(group="manifest")
+def test_manifest_from_bytes(benchmark: BenchmarkFixture, manifest: Manifest) -> None:
+    data = manifest.to_bytes()
+    read = benchmark(lambda: Manifest.from_bytes(data, "here"))
+    assert read.to_bytes() == data
+
+
+@pytest.mark.benchmark(group="manifest")
+@pytest.mark.parametrize("way", ["to", "from"])
+def test_manifest_floor_json(benchmark: BenchmarkFixture, manifest: Manifest, way: str) -> None:
+    data = manifest.to_bytes()
+    content = json.loads(data)
+    if way == "to":
+        assert json.loads(benchmark(lambda: json.dumps(content))) == content
+    else:
+        assert benchmark(lambda: json.loads(data)) == content
+
+
+def _verify(path: Path, size: int, chunks: Any) -> list[tuple[int, str]]:
+    assert os.path.getsize(path) == size
+    return _engine.verify(
+        packs=[(str(path), size)], chunks=chunks, threads=THREADS, zstd=CODECS["planes"]
+    )
