@@ -43,9 +43,8 @@ class Spread:
 
     def show(self, number: Callable[[float], str]) -> str:
         """The median, and below it the range if there is one."""
-        if self.low == self.high:
-            return number(self.median)
-        return f"{number(self.median)}\n{number(self.low)}-{number(self.high)}"
+        median, low, high = number(self.median), number(self.low), number(self.high)
+        return median if low == high else f"{median}\n{low}-{high}"
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,11 @@ def blocked_ratios(rows: list[Results]) -> list[float]:
 def durable_ratios(rows: list[Results]) -> list[float]:
     """Time to durable over that of writing the raw bytes, pair by pair."""
     return [row["durable_seconds"] / row["write_seconds"] for row in rows]
+
+
+def steps_per_second(result: Results, which: str) -> list[float]:
+    """Speed in the segments `with` or `without` a save."""
+    return [result["steps"] / row["seconds"] for row in result[which]]
 
 
 def speed_ratios(result: Results) -> list[float]:
@@ -142,12 +146,8 @@ def summary(results: Results) -> Results:
     }
     training = {
         subject: {
-            "steps_per_second_without": spread(
-                result["steps"] / row["seconds"] for row in result["without"]
-            ),
-            "steps_per_second_with": spread(
-                result["steps"] / row["seconds"] for row in result["with"]
-            ),
+            "steps_per_second_without": spread(steps_per_second(result, "without")),
+            "steps_per_second_with": spread(steps_per_second(result, "with")),
             "speed_ratio": spread(speed_ratios(result)),
             "lost_seconds": spread(lost_seconds(result)),
         }
@@ -174,77 +174,103 @@ def show(results: Results, console: Console) -> None:
 
 
 def _table(title: str, *columns: str) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", show_lines=True)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_lines=True
+    )
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=bool(index))
+    return table
+
+
+def _table_of_subjects(
+    title: str, subjects: Results, rows: dict[str, Callable[[Results], str]]
+) -> Table:
+    """A column for each subject, a row for each figure."""
+    names = [name.replace(", ", ",\n").replace("DCP ", "DCP\n") for name in subjects]
+    table = _table(title, "median, range below", *names)
+    for what, cell in rows.items():
+        table.add_row(what, *(cell(result) for result in subjects.values()))
     return table
 
 
 def _saves(results: Results) -> Table | None:
     if not results["saves"]:
         return None
-    table = _table(
-        "Saving", "", "first\nblocked s", "blocked s", "x memcpy", "durable s", "x write", "MB",
-        "extra\nMB",
-    )  # fmt: skip
-    for subject, result in results["saves"].items():
-        warm, extra = result["warm"], result["extra_memory"]
-        table.add_row(
-            subject,
-            Spread.of(row["blocked_seconds"] for row in result["first"]).show(_seconds),
-            Spread.of(row["blocked_seconds"] for row in warm).show(_seconds),
-            Spread.of(blocked_ratios(warm)).show(_ratio),
-            Spread.of(row["durable_seconds"] for row in warm).show(_seconds),
-            Spread.of(durable_ratios(warm)).show(_ratio),
-            _megabytes(warm[-1]["bytes"]),
-            "unknown" if extra is None else _megabytes(extra),
-        )
-    bound = f"{results['bound'] / 2**20:.0f} MiB"
-    table.caption = f"median, and range below it; bounded: host_memory is {bound}"
+
+    def warm(figure: str, number: Callable[[float], str]) -> Callable[[Results], str]:
+        return lambda result: Spread.of(row[figure] for row in result["warm"]).show(number)
+
+    def first(result: Results) -> str:
+        return Spread.of(row["blocked_seconds"] for row in result["first"]).show(_milliseconds)
+
+    def extra(result: Results) -> str:
+        known = result["extra_memory"]
+        return "unknown" if known is None else _megabytes(known)
+
+    table = _table_of_subjects(
+        "Saving",
+        results["saves"],
+        {
+            "blocked by the first, ms": first,
+            "blocked, ms": warm("blocked_seconds", _milliseconds),
+            "  / best memcpy": lambda result: Spread.of(blocked_ratios(result["warm"])).show(_two),
+            "durable, s": warm("durable_seconds", _two),
+            "  / write and sync": lambda result: Spread.of(durable_ratios(result["warm"])).show(
+                _two
+            ),
+            "on disk, MB": warm("bytes", _megabytes),
+            "extra memory, MB": extra,
+        },
+    )
+    table.caption = f"bounded: host_memory is {results['bound'] / 2**20:.0f} MiB"
     return table
 
 
 def _training(results: Results) -> Table | None:
     if not results["training"]:
         return None
-    table = _table(
-        "Training, one save in each segment", "", "segment s", "steps/s\nwithout", "steps/s\nwith",
-        "with /\nwithout", "lost s\na save", "longest\nstep s",
-    )  # fmt: skip
-    for subject, result in results["training"].items():
-        steps, without, saving = result["steps"], result["without"], result["with"]
-        if not all(row["ended_inside"] for row in saving):
-            subject += " *"
-            table.caption = "* a save outlasted its segment: it costs more than is shown"
-        table.add_row(
-            subject,
-            Spread.of(row["seconds"] for row in without).show(_seconds),
-            Spread.of(steps / row["seconds"] for row in without).show(_ratio),
-            Spread.of(steps / row["seconds"] for row in saving).show(_ratio),
-            Spread.of(speed_ratios(result)).show(_ratio),
-            Spread.of(lost_seconds(result)).show(_seconds),
-            Spread.of(row["longest_step_seconds"] for row in saving).show(_seconds),
-        )
-    return table
+
+    def rate(which: str) -> Callable[[Results], str]:
+        return lambda result: Spread.of(steps_per_second(result, which)).show(_two)
+
+    def longest(result: Results) -> str:
+        return Spread.of(row["longest_step_seconds"] for row in result["with"]).show(_milliseconds)
+
+    return _table_of_subjects(
+        f"Training, one save in each segment of about {results['segment_seconds']} s",
+        results["training"],
+        {
+            "steps/s without saves": rate("without"),
+            "steps/s with saves": rate("with"),
+            "  with / without": lambda result: Spread.of(speed_ratios(result)).show(_two),
+            "lost by a save, s": lambda result: Spread.of(lost_seconds(result)).show(_two),
+            "longest step, ms": longest,
+            "saves that outlasted it": lambda result: str(
+                sum(not row["ended_inside"] for row in result["with"])
+            ),
+        },
+    )
 
 
 def _restores(results: Results) -> Table | None:
     if not results["restores"]:
         return None
-    table = _table("Restoring into existing tensors, page cache warm", "", "first s", "seconds")
+    table = _table("Restoring into existing tensors, page cache warm", "", "first, ms", "ms")
     for name, times in _restore_times(results).items():
-        table.add_row(name, _seconds(times["first"]), Spread.of(times["warm"]).show(_seconds))
+        warm = Spread.of(times["warm"]).show(_milliseconds)
+        table.add_row(name, _milliseconds(times["first"]), warm)
     return table
 
 
 def _bars(results: Results) -> Table:
-    table = _table("Bars", "", "at most", "median\nand range", "")
-    verdict = {True: "[green]PASS", False: "[red]FAIL", None: "[yellow]not measured"}
+    table = _table("Bars", "", "at most", "median,\nrange", "")
+    verdict = {True: "[green]PASS", False: "[red]FAIL", None: "[yellow]not\nmeasured"}
     for bar in bars(results):
-        value = Spread.of(bar.values).show(_ratio) if bar.values else ""
-        table.add_row(bar.what, _ratio(bar.limit), value, verdict[bar.passed])
+        value = Spread.of(bar.values).show(_two) if bar.values else ""
+        table.add_row(bar.what, _two(bar.limit), value, verdict[bar.passed])
     return table
 
 
@@ -260,11 +286,11 @@ def _foreign(results: Results) -> list[float]:
     return [result["foreign_cpu"] for result in measured]
 
 
-def _seconds(value: float) -> str:
-    return f"{value:.3f}"
+def _milliseconds(value: float) -> str:
+    return f"{value * 1e3:.0f}"
 
 
-def _ratio(value: float) -> str:
+def _two(value: float) -> str:
     return f"{value:.2f}"
 
 

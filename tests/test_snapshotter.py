@@ -439,6 +439,70 @@ except KeyboardInterrupt:
     assert steps_on_disk(tmp_path / "run") == []
 
 
+def test_ctrl_c_before_the_capture_begins_leaves_nothing_waiting(tmp_path: Path) -> None:
+    """The committing thread waited for ever for a capture that Ctrl-C had ended before it began."""
+    snapshotter = pysnap.Snapshotter(tmp_path, values={"a": torch.ones(3)})
+    start = snapshotter._committer._start
+
+    def interrupted(handle: pysnap.Handle) -> bool:
+        start(handle)
+        raise KeyboardInterrupt
+
+    snapshotter._committer._start = interrupted  # type: ignore[method-assign]  # Ctrl-C right there
+    with pytest.raises(KeyboardInterrupt):
+        snapshotter.save()
+    snapshotter._committer._start = start  # type: ignore[method-assign]
+    snapshotter.save().wait()
+    snapshotter.close()
+    assert snapshotter.stats().failed == 1
+
+
+def test_no_more_threads_fails_the_snapshot_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+
+        def refused(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refused)
+            handle = snapshotter.save()
+        with pytest.raises(RuntimeError, match="new thread"):
+            handle.wait()
+        snapshotter.save().wait()
+
+
+def test_an_exception_of_a_state_dict_is_the_programs_own(tmp_path: Path) -> None:
+    class Part:
+        broken = False
+
+        def state_dict(self) -> dict[str, int]:
+            if self.broken:
+                raise LookupError("mine")
+            return {"a": 1}
+
+        def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+    part = Part()
+    with pysnap.Snapshotter(tmp_path, part=part) as snapshotter:
+        part.broken = True
+        with pytest.raises(LookupError, match="mine"):
+            snapshotter.save()
+        part.broken = False
+        snapshotter.save().wait()
+
+
+def test_what_cannot_be_stored_later_fails_the_snapshot_not_the_training(tmp_path: Path) -> None:
+    values: dict[str, object] = {"a": 1}
+    with pysnap.Snapshotter(tmp_path, values=values) as snapshotter:
+        values["hook"] = print
+        with pytest.raises(pysnap.StateError, match="values/hook"):
+            snapshotter.save().wait()
+        del values["hook"]
+        snapshotter.save().wait()
+
+
 def test_a_forked_child_is_inert(tmp_path: Path) -> None:
     code = """
 import os, sys, torch, pysnap
