@@ -1,6 +1,8 @@
-// bindings.cpp: the engine as the Python module pysnap._engine; the only file that knows Python. Knows NumPy but not torch.
+// bindings.cpp: the engine as the Python module pysnap._engine; the only file that knows Python.
+// Knows NumPy but not torch.
 //
-// The GIL is released around everything that copies, waits or touches a disk, and taken again only to look for signals.
+// The GIL is released around everything that copies, waits or touches a disk, and taken again only
+// to look for signals.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -46,8 +48,6 @@ struct SpanRow {
   std::uint8_t element;
 };
 
-using Streams = std::vector<std::pair<DeviceIndex, StreamHandle>>;
-
 template <typename Row>
 using Rows = py::array_t<Row, py::array::c_style>;
 
@@ -58,8 +58,13 @@ std::vector<Row> to_vector(const Rows<Row>& rows) {
 }
 
 StoredChunk from_row(const ChunkRow& row) {
-  return {row.pack,   row.raw, row.stored, static_cast<Element>(row.element), static_cast<Encoding>(row.encoding),
-          row.offset, {row.digest_low, row.digest_high}};
+  return {row.pack,
+          row.raw,
+          row.stored,
+          static_cast<Element>(row.element),
+          static_cast<Encoding>(row.encoding),
+          row.offset,
+          {row.digest_low, row.digest_high}};
 }
 
 ChunkRow to_row(const StoredChunk& chunk) {
@@ -85,7 +90,8 @@ std::vector<PackFile> to_packs(const std::vector<std::pair<std::string, std::uin
   return files;
 }
 
-// For the calling thread, which has released the GIL. Python runs signal handlers in its main thread only; elsewhere this says no.
+// For the calling thread, which has released the GIL. Python runs signal handlers in its main
+// thread only; elsewhere this says no.
 bool signal_pending() {
   py::gil_scoped_acquire gil;
   return PyErr_CheckSignals() != 0;
@@ -98,14 +104,16 @@ bool wait_interruptibly(std::optional<double> timeout, Wait wait) {
   constexpr std::chrono::milliseconds kPoll{100};
   // Longer than any run; keeps the arithmetic of time points in range.
   constexpr double kForever = 1e8;
-  const auto seconds = std::chrono::duration<double>(std::clamp(timeout.value_or(kForever), 0.0, kForever));
+  const auto seconds =
+      std::chrono::duration<double>(std::clamp(timeout.value_or(kForever), 0.0, kForever));
   const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(seconds);
   bool done = false;
   bool interrupted = false;
   {
     py::gil_scoped_release release;
     for (;;) {
-      const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now());
+      const auto left =
+          std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now());
       done = wait(std::clamp(left, std::chrono::milliseconds{0}, kPoll));
       if (done || Clock::now() >= deadline) break;
       interrupted = signal_pending();
@@ -141,9 +149,12 @@ std::shared_ptr<Job> aborted_when_dropped(std::shared_ptr<Job> job) {
   });
 }
 
-py::object exception_type(const char* name) { return py::module_::import("pysnap.errors").attr(name); }
+py::object exception_type(const char* name) {
+  return py::module_::import("pysnap.errors").attr(name);
+}
 
-// Errors of C++ become those of pysnap.errors; a chunk's number travels as an attribute, for Python knows which tensors lie in it.
+// Errors of C++ become those of pysnap.errors; a chunk's number travels as an attribute, for Python
+// knows which tensors lie in it.
 void raise(const Error& error) {
   const char* name = "Error";
   switch (error.kind()) {
@@ -161,7 +172,9 @@ void raise(const Error& error) {
       break;
   }
   py::object type = exception_type(name);
-  py::object exception = error.kind() == ErrorKind::kIo ? type(error.error_number(), error.what(), error.path()) : type(error.what());
+  py::object exception = error.kind() == ErrorKind::kIo
+                             ? type(error.error_number(), error.what(), error.path())
+                             : type(error.what());
   if (error.chunk() >= 0) exception.attr("chunk") = error.chunk();
   PyErr_SetObject(type.ptr(), exception.ptr());
 }
@@ -171,11 +184,14 @@ void raise(const Error& error) {
 
 PYBIND11_MODULE(_engine, module) {
   using namespace pysnap;
-  module.doc() = "The half of pysnap that has the bytes. It knows addresses and chunks, no tensors; see _engine.pyi.";
+  module.doc() =
+      "The half of pysnap that has the bytes. It knows addresses and chunks, no tensors; see "
+      "_engine.pyi.";
 
   PYBIND11_NUMPY_DTYPE(Extent, address, length, device);
   PYBIND11_NUMPY_DTYPE(SpanRow, raw, element);
-  PYBIND11_NUMPY_DTYPE(ChunkRow, pack, raw, stored, element, encoding, offset, digest_high, digest_low);
+  PYBIND11_NUMPY_DTYPE(ChunkRow, pack, raw, stored, element, encoding, offset, digest_high,
+                       digest_low);
   PYBIND11_NUMPY_DTYPE(Target, offset, address, length, device);
   module.attr("EXTENT") = py::dtype::of<Extent>();
   module.attr("SPAN") = py::dtype::of<SpanRow>();
@@ -193,10 +209,15 @@ PYBIND11_MODULE(_engine, module) {
   py::class_<Job, std::shared_ptr<Job>>(module, "Job")
       .def(
           "capture",
-          [](Job& job, const Streams& streams) { run_interruptibly([&] { return job.capture(streams, signal_pending); }); },
+          [](Job& job, const Streams& streams) {
+            run_interruptibly([&] { return job.capture(streams, signal_pending); });
+          },
           py::arg("streams") = Streams())
       .def(
-          "gate", [](Job& job, const Streams& streams) { run_interruptibly([&] { return job.gate(streams, signal_pending); }); },
+          "gate",
+          [](Job& job, const Streams& streams) {
+            run_interruptibly([&] { return job.gate(streams, signal_pending); });
+          },
           py::arg("streams") = Streams())
       .def("open_pack", &Job::open_pack, py::arg("path"), py::call_guard<py::gil_scoped_release>())
       .def(
@@ -219,25 +240,30 @@ PYBIND11_MODULE(_engine, module) {
                written = job.finish();
              }
              Rows<ChunkRow> rows(static_cast<py::ssize_t>(written.chunks.size()));
-             std::transform(written.chunks.begin(), written.chunks.end(), rows.mutable_data(), to_row);
+             std::transform(written.chunks.begin(), written.chunks.end(), rows.mutable_data(),
+                            to_row);
              return std::make_pair(rows, written.size);
            })
       .def("abort", &Job::abort, py::call_guard<py::gil_scoped_release>());
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
-      .def(py::init([](std::size_t chunk_size, std::size_t slots, unsigned workers, unsigned copy_threads, int nice, bool direct_io,
+      .def(py::init([](std::size_t chunk_size, std::size_t slots, unsigned workers,
+                       unsigned copy_threads, int nice, bool direct_io,
                        const std::vector<std::string>& zstd) {
-             return Engine::create({chunk_size, slots, workers, copy_threads, nice, direct_io, open_zstd(zstd)});
+             return Engine::create(
+                 {chunk_size, slots, workers, copy_threads, nice, direct_io, open_zstd(zstd)});
            }),
-           py::kw_only(), py::arg("chunk_size"), py::arg("slots"), py::arg("workers"), py::arg("copy_threads"), py::arg("nice"),
-           py::arg("direct_io"), py::arg("zstd"))
+           py::kw_only(), py::arg("chunk_size"), py::arg("slots"), py::arg("workers"),
+           py::arg("copy_threads"), py::arg("nice"), py::arg("direct_io"), py::arg("zstd"))
       .def("reserve", &Engine::reserve, py::arg("size"))
       .def("wait_reserved", &Engine::wait_reserved, py::call_guard<py::gil_scoped_release>())
       .def(
           "begin",
-          [](Engine& engine, const Rows<Extent>& extents, const Rows<SpanRow>& spans, std::size_t eager) {
+          [](Engine& engine, const Rows<Extent>& extents, const Rows<SpanRow>& spans,
+             std::size_t eager) {
             std::vector<Span> cut;
-            for (const SpanRow& row : to_vector(spans)) cut.push_back({row.raw, static_cast<Element>(row.element)});
+            for (const SpanRow& row : to_vector(spans))
+              cut.push_back({row.raw, static_cast<Element>(row.element)});
             return aborted_when_dropped(engine.begin(to_vector(extents), std::move(cut), eager));
           },
           py::arg("extents"), py::arg("spans"), py::arg("eager"), py::keep_alive<0, 1>())
@@ -245,18 +271,22 @@ PYBIND11_MODULE(_engine, module) {
 
   module.def(
       "restore",
-      [](const std::vector<std::pair<std::string, std::uint64_t>>& packs, const Rows<ChunkRow>& chunks, const Rows<Target>& targets,
-         unsigned threads, const std::vector<std::string>& zstd) {
+      [](const std::vector<std::pair<std::string, std::uint64_t>>& packs,
+         const Rows<ChunkRow>& chunks, const Rows<Target>& targets, unsigned threads,
+         const std::vector<std::string>& zstd) {
         const std::vector<PackFile> files = to_packs(packs);
         const std::vector<StoredChunk> table = to_chunks(chunks);
         const std::vector<Target> places = to_vector(targets);
-        run_interruptibly([&] { return restore(files, table, places, threads, open_zstd(zstd), signal_pending); });
+        run_interruptibly([&] {
+          return restore(files, table, places, threads, open_zstd(zstd), signal_pending);
+        });
       },
-      py::kw_only(), py::arg("packs"), py::arg("chunks"), py::arg("targets"), py::arg("threads"), py::arg("zstd"));
+      py::kw_only(), py::arg("packs"), py::arg("chunks"), py::arg("targets"), py::arg("threads"),
+      py::arg("zstd"));
   module.def(
       "verify",
-      [](const std::vector<std::pair<std::string, std::uint64_t>>& packs, const Rows<ChunkRow>& chunks, unsigned threads,
-         const std::vector<std::string>& zstd) {
+      [](const std::vector<std::pair<std::string, std::uint64_t>>& packs,
+         const Rows<ChunkRow>& chunks, unsigned threads, const std::vector<std::string>& zstd) {
         const std::vector<PackFile> files = to_packs(packs);
         const std::vector<StoredChunk> table = to_chunks(chunks);
         bool interrupted = false;
@@ -264,7 +294,8 @@ PYBIND11_MODULE(_engine, module) {
         {
           py::gil_scoped_release release;
           auto poll = [&] { return interrupted = signal_pending(); };
-          for (const Damage& damage : verify(files, table, threads, open_zstd(zstd), poll)) found.emplace_back(damage.chunk, damage.what);
+          for (const Damage& damage : verify(files, table, threads, open_zstd(zstd), poll))
+            found.emplace_back(damage.chunk, damage.what);
         }
         if (interrupted) throw py::error_already_set();
         return found;
@@ -274,7 +305,8 @@ PYBIND11_MODULE(_engine, module) {
       "digest",
       [](const py::buffer& data) {
         const py::buffer_info info = data.request();
-        if (PyBuffer_IsContiguous(info.view(), 'C') == 0) throw Error(ErrorKind::kInvalid, "a digest is of contiguous bytes");
+        if (PyBuffer_IsContiguous(info.view(), 'C') == 0)
+          throw Error(ErrorKind::kInvalid, "a digest is of contiguous bytes");
         Digest digest;
         {
           py::gil_scoped_release release;
@@ -283,7 +315,9 @@ PYBIND11_MODULE(_engine, module) {
         return to_hex(digest);
       },
       py::arg("data"));
-  module.def("has_zstd", [](const std::vector<std::string>& names) { return open_zstd(names) != nullptr; }, py::arg("names"));
+  module.def(
+      "has_zstd", [](const std::vector<std::string>& names) { return open_zstd(names) != nullptr; },
+      py::arg("names"));
   module.def("available_processors", &available_processors);
   module.def("simd_path", [] { return simd_path_name(best_simd_path()); });
 }

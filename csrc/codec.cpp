@@ -21,7 +21,8 @@ constexpr std::uint8_t kMethodRaw = 0;
 constexpr std::uint8_t kMethodConstant = 1;
 constexpr std::uint8_t kMethodZstd = 2;
 
-// Thresholds found by measurement on weights and Adam states; they change sizes and speed, never what a reader sees.
+// Thresholds found by measurement on weights and Adam states; they change sizes and speed, never
+// what a reader sees.
 constexpr std::size_t kSampledLines = 128;
 constexpr std::size_t kZeroLinesWorthMap = 13;
 constexpr std::size_t kSampleRuns = 16;
@@ -43,11 +44,14 @@ bool is_zero_line(const std::uint8_t* line) {
 bool many_zero_lines(const std::uint8_t* raw, std::size_t lines) {
   if (lines < kSampledLines) return false;
   std::size_t zero = 0;
-  for (std::size_t i = 0; i < kSampledLines; ++i) zero += is_zero_line(raw + i * lines / kSampledLines * kLine);
+  for (std::size_t i = 0; i < kSampledLines; ++i)
+    zero += is_zero_line(raw + i * lines / kSampledLines * kLine);
   return zero >= kZeroLinesWorthMap;
 }
 
-bool is_constant(const std::uint8_t* plane, std::size_t size) { return std::memcmp(plane, plane + 1, size - 1) == 0; }
+bool is_constant(const std::uint8_t* plane, std::size_t size) {
+  return std::memcmp(plane, plane + 1, size - 1) == 0;
+}
 
 // Bits per byte, from a sample, with the Miller-Madow correction for its smallness.
 double estimate_entropy(const std::uint8_t* plane, std::size_t size) {
@@ -118,9 +122,13 @@ class PlanesEncoder::Output {
 };
 
 PlanesEncoder::PlanesEncoder(std::shared_ptr<const Zstd> zstd)
-    : entropy_(zstd, ZstdRecipe::kEntropy), matches_(zstd, ZstdRecipe::kMatches), kept_(kBlock), planes_(kBlock) {}
+    : entropy_(zstd, ZstdRecipe::kEntropy),
+      matches_(zstd, ZstdRecipe::kMatches),
+      kept_(kBlock),
+      planes_(kBlock) {}
 
-std::size_t PlanesEncoder::encode(Element element, const std::uint8_t* raw, std::size_t size, std::uint8_t* out) {
+std::size_t PlanesEncoder::encode(Element element, const std::uint8_t* raw, std::size_t size,
+                                  std::uint8_t* out) {
   if (size == 0) return 0;
   Output output(out, size - 1);
   for (std::size_t done = 0; done < size; done += kBlock) {
@@ -129,7 +137,8 @@ std::size_t PlanesEncoder::encode(Element element, const std::uint8_t* raw, std:
   return output.used();
 }
 
-bool PlanesEncoder::encode_block(Element element, const std::uint8_t* raw, std::size_t size, Output& out) {
+bool PlanesEncoder::encode_block(Element element, const std::uint8_t* raw, std::size_t size,
+                                 Output& out) {
   const std::size_t width = element_width(element);
   const std::size_t lines = size / kLine;
   const bool with_map = many_zero_lines(raw, lines);
@@ -159,12 +168,14 @@ bool PlanesEncoder::encode_block(Element element, const std::uint8_t* raw, std::
   const std::size_t count = kept / width;
   split_planes(element, raw, count, planes_.data(), count);
   for (std::size_t p = 0; p < width; ++p) {
-    if (!encode_plane(element, planes_.data() + p * count, count, out, entries + p * kEntry)) return false;
+    if (!encode_plane(element, planes_.data() + p * count, count, out, entries + p * kEntry))
+      return false;
   }
   return true;
 }
 
-bool PlanesEncoder::encode_plane(Element element, const std::uint8_t* plane, std::size_t size, Output& out, std::size_t entry) {
+bool PlanesEncoder::encode_plane(Element element, const std::uint8_t* plane, std::size_t size,
+                                 Output& out, std::size_t entry) {
   const std::size_t start = out.used();
   std::uint8_t method = kMethodRaw;
   if (size > 0 && is_constant(plane, size)) {
@@ -172,7 +183,8 @@ bool PlanesEncoder::encode_plane(Element element, const std::uint8_t* plane, std
     if (!out.append(plane, 1)) return false;
   } else if (size > 0 && estimate_entropy(plane, size) < kEntropyWorthCoding) {
     ZstdCompressor& compressor = is_float(element) ? entropy_ : matches_;
-    const std::size_t written = compressor.compress(plane, size, out.next(), std::min(out.left(), size - 1));
+    const std::size_t written =
+        compressor.compress(plane, size, out.next(), std::min(out.left(), size - 1));
     if (written > 0) method = kMethodZstd;
     out.advance(written);
   }
@@ -206,8 +218,8 @@ PlanesDecoder::PlanesDecoder(std::shared_ptr<const Zstd> zstd) : kept_(kBlock), 
   if (zstd != nullptr) zstd_.emplace(std::move(zstd));
 }
 
-bool PlanesDecoder::decode(Element element, const std::uint8_t* encoded, std::size_t stored, std::uint8_t* raw,
-                           std::size_t size) {
+bool PlanesDecoder::decode(Element element, const std::uint8_t* encoded, std::size_t stored,
+                           std::uint8_t* raw, std::size_t size) {
   if (size % element_width(element) != 0) return false;
   Input input(encoded, stored);
   for (std::size_t done = 0; done < size; done += kBlock) {
@@ -219,7 +231,9 @@ bool PlanesDecoder::decode(Element element, const std::uint8_t* encoded, std::si
 bool PlanesDecoder::decode_block(Element element, Input& in, std::uint8_t* raw, std::size_t size) {
   const std::size_t width = element_width(element);
   const std::uint8_t* header = in.take(kHeader);
-  if (header == nullptr || header[0] > kFlagMap || header[1] != width || header[2] != 0 || header[3] != 0) return false;
+  if (header == nullptr || header[0] > kFlagMap || header[1] != width || header[2] != 0 ||
+      header[3] != 0)
+    return false;
   const bool with_map = header[0] == kFlagMap;
   const std::size_t kept = get_u32(header + 4);
   const std::size_t lines = size / kLine;
@@ -265,8 +279,9 @@ bool PlanesDecoder::decode_block(Element element, Input& in, std::uint8_t* raw, 
   return true;
 }
 
-const std::uint8_t* PlanesDecoder::decode_plane(std::uint8_t method, const std::uint8_t* payload, std::size_t payload_size,
-                                                std::uint8_t* scratch, std::size_t size) {
+const std::uint8_t* PlanesDecoder::decode_plane(std::uint8_t method, const std::uint8_t* payload,
+                                                std::size_t payload_size, std::uint8_t* scratch,
+                                                std::size_t size) {
   switch (method) {
     case kMethodRaw:
       return payload_size == size ? payload : nullptr;
@@ -276,7 +291,9 @@ const std::uint8_t* PlanesDecoder::decode_plane(std::uint8_t method, const std::
       return scratch;
     case kMethodZstd:
       if (!zstd_) {
-        throw Error(ErrorKind::kInvalid, "a chunk is compressed with zstd and no libzstd is found; install the zstandard package");
+        throw Error(ErrorKind::kInvalid,
+                    "a chunk is compressed with zstd and no libzstd is found; install the "
+                    "zstandard package");
       }
       return zstd_->decompress(payload, payload_size, scratch, size) ? scratch : nullptr;
     default:

@@ -12,7 +12,15 @@
 namespace pysnap {
 
 // Persisted by name in manifests; the numbers cross the Python boundary only.
-enum class Element : std::uint8_t { kU8 = 0, kI16 = 1, kI32 = 2, kI64 = 3, kF16 = 4, kF32 = 5, kF64 = 6 };
+enum class Element : std::uint8_t {
+  kU8 = 0,
+  kI16 = 1,
+  kI32 = 2,
+  kI64 = 3,
+  kF16 = 4,
+  kF32 = 5,
+  kF64 = 6
+};
 constexpr std::uint8_t kElementCount = 7;
 enum class Encoding : std::uint8_t { kRaw = 0, kPlanes = 1 };
 
@@ -23,14 +31,16 @@ class PlanesEncoder {
  public:
   explicit PlanesEncoder(std::shared_ptr<const Zstd> zstd);
 
-  // Encodes `size` bytes, a multiple of the element's width, into `out`, which holds `size` bytes. Returns the encoded length, or 0
-  // where it would not be smaller than `size`: such a chunk is stored raw.
+  // Encodes `size` bytes, a multiple of the element's width, into `out`, which holds `size` bytes.
+  // Returns the encoded length, or 0 where it would not be smaller than `size`: such a chunk is
+  // stored raw.
   std::size_t encode(Element element, const std::uint8_t* raw, std::size_t size, std::uint8_t* out);
 
  private:
   class Output;
   bool encode_block(Element element, const std::uint8_t* raw, std::size_t size, Output& out);
-  bool encode_plane(Element element, const std::uint8_t* plane, std::size_t size, Output& out, std::size_t entry);
+  bool encode_plane(Element element, const std::uint8_t* plane, std::size_t size, Output& out,
+                    std::size_t entry);
 
   ZstdCompressor entropy_;
   ZstdCompressor matches_;
@@ -44,14 +54,17 @@ class PlanesDecoder {
   // Without zstd, chunks that need it are refused with Error(kInvalid).
   explicit PlanesDecoder(std::shared_ptr<const Zstd> zstd);
 
-  // False unless the `stored` bytes are a valid encoding of exactly `size` raw bytes; then `raw` holds rubbish.
-  bool decode(Element element, const std::uint8_t* encoded, std::size_t stored, std::uint8_t* raw, std::size_t size);
+  // False unless the `stored` bytes are a valid encoding of exactly `size` raw bytes; then `raw`
+  // holds rubbish.
+  bool decode(Element element, const std::uint8_t* encoded, std::size_t stored, std::uint8_t* raw,
+              std::size_t size);
 
  private:
   class Input;
   bool decode_block(Element element, Input& in, std::uint8_t* raw, std::size_t size);
-  const std::uint8_t* decode_plane(std::uint8_t method, const std::uint8_t* payload, std::size_t payload_size,
-                                   std::uint8_t* scratch, std::size_t size);
+  const std::uint8_t* decode_plane(std::uint8_t method, const std::uint8_t* payload,
+                                   std::size_t payload_size, std::uint8_t* scratch,
+                                   std::size_t size);
 
   std::optional<ZstdDecompressor> zstd_;
   std::vector<std::uint8_t> kept_;

@@ -18,14 +18,16 @@ constexpr std::size_t kStreamingMinimum = 4096;
 
 constexpr std::size_t kLine = 64;
 
-__attribute__((target("avx512f"))) void copy_lines_avx512(char* destination, const char* source, std::size_t lines) {
+__attribute__((target("avx512f"))) void copy_lines_avx512(char* destination, const char* source,
+                                                          std::size_t lines) {
   for (std::size_t i = 0; i < lines; ++i) {
     __m512i line = _mm512_loadu_si512(source + i * kLine);
     _mm512_stream_si512(reinterpret_cast<__m512i*>(destination + i * kLine), line);
   }
 }
 
-__attribute__((target("avx2"))) void copy_lines_avx2(char* destination, const char* source, std::size_t lines) {
+__attribute__((target("avx2"))) void copy_lines_avx2(char* destination, const char* source,
+                                                     std::size_t lines) {
   for (std::size_t i = 0; i < lines; ++i) {
     const __m256i* from = reinterpret_cast<const __m256i*>(source + i * kLine);
     __m256i* to = reinterpret_cast<__m256i*>(destination + i * kLine);

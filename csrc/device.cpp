@@ -9,7 +9,8 @@ namespace pysnap {
 
 namespace {
 
-// Host memory: copies are complete when the call returns, and no stream exists that they could overtake.
+// Host memory: copies are complete when the call returns, and no stream exists that they could
+// overtake.
 class HostDevice : public Device {
  public:
   void follow(StreamHandle) override {}
@@ -27,8 +28,9 @@ class HostDevice : public Device {
 
 std::shared_ptr<Device> open_device(DeviceIndex index) {
   if (index == kHost) return std::make_shared<HostDevice>();
-  throw Error(ErrorKind::kInvalid, "CUDA device " + std::to_string(index) +
-                                       ": this version captures host tensors only; move the tensor to the CPU first");
+  throw Error(ErrorKind::kInvalid,
+              "CUDA device " + std::to_string(index) +
+                  ": this version captures host tensors only; move the tensor to the CPU first");
 }
 
 }  // namespace pysnap

@@ -1,9 +1,12 @@
-// device.h: where a tensor's bytes live, and how they come to host memory and back. The engine knows only this interface.
+// device.h: where a tensor's bytes live, and how they come to host memory and back. The engine
+// knows only this interface.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <utility>
+#include <vector>
 
 namespace pysnap {
 
@@ -11,8 +14,11 @@ namespace pysnap {
 using DeviceIndex = std::int32_t;
 constexpr DeviceIndex kHost = -1;
 
-// The caller's stream on a device (a CUstream); 0 is the default stream, and all there is on the host.
+// The caller's stream on a device (a CUstream); 0 is the default stream, and all there is on the
+// host.
 using StreamHandle = std::uintptr_t;
+// The caller's current stream of each device.
+using Streams = std::vector<std::pair<DeviceIndex, StreamHandle>>;
 
 // A run of bytes of the stream, in order. The bytes stay valid until they have been copied.
 struct Extent {
@@ -21,15 +27,16 @@ struct Extent {
   DeviceIndex device;
 };
 
-// Becomes complete when the copies before it are. wait() may be called by any thread; it throws Error(kIo) if a copy failed.
+// Becomes complete when the copies before it are. wait() may be called by any thread; it throws
+// Error(kIo) if a copy failed.
 class Fence {
  public:
   virtual ~Fence() = default;
   virtual void wait() = 0;
 };
 
-// One place. Copies may be asynchronous: a slot that was read into may be looked at only after a later fence, and a slot that is written from may
-// be reused only then. Thread safe.
+// One place. Copies may be asynchronous: a slot that was read into may be looked at only after a
+// later fence, and a slot that is written from may be reused only then. Thread safe.
 class Device {
  public:
   virtual ~Device() = default;
@@ -42,7 +49,8 @@ class Device {
   virtual void write(std::uint64_t address, const void* slot, std::size_t length) = 0;
   // Null where everything issued so far is complete already.
   virtual std::unique_ptr<Fence> fence() = 0;
-  // What is queued on `stream` later starts after the copies issued so far. Does not block the caller.
+  // What is queued on `stream` later starts after the copies issued so far. Does not block the
+  // caller.
   virtual void gate(StreamHandle stream) = 0;
 };
 

@@ -1,4 +1,5 @@
-// dynamic_library.h: a shared library that is opened at run time, so that the build needs neither its headers nor the library.
+// dynamic_library.h: a shared library that is opened at run time, so that the build needs neither
+// its headers nor the library.
 #pragma once
 
 #include <memory>
@@ -6,7 +7,8 @@
 
 namespace pysnap {
 
-// The library stays loaded for the life of the process: threads may still run in it when the owner goes.
+// The library stays loaded for the life of the process: threads may still run in it when the owner
+// goes.
 class DynamicLibrary {
  public:
   // Null where the library cannot be opened.

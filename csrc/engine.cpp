@@ -15,7 +15,8 @@ namespace {
 // How long a wait lasts before it looks whether it was interrupted.
 constexpr std::chrono::milliseconds kPoll{100};
 
-// Objects of a forked child are never destroyed: their mutexes may be locked by threads that do not exist there.
+// Objects of a forked child are never destroyed: their mutexes may be locked by threads that do not
+// exist there.
 template <typename T>
 std::shared_ptr<T> owned_by_process(T* object) {
   return std::shared_ptr<T>(object, [owner = ::getpid()](T* pointer) {
@@ -23,7 +24,8 @@ std::shared_ptr<T> owned_by_process(T* object) {
   });
 }
 
-// What a thread caught, as the failure of a job: no exception may leave a thread of the engine, or a chunk that is counted as being copied.
+// What a thread caught, as the failure of a job: no exception may leave a thread of the engine, or
+// a chunk that is counted as being copied.
 Error to_failure(const std::exception& caught) {
   if (const Error* error = dynamic_cast<const Error*>(&caught)) return *error;
   return Error::io("allocating memory for", "a chunk", ENOMEM);
@@ -38,7 +40,11 @@ void poll(const Interrupted& interrupted) {
 }  // namespace
 
 Job::Job(Engine& engine, std::vector<Extent> extents, std::vector<Span> spans, std::size_t eager)
-    : engine_(engine), extents_(std::move(extents)), spans_(std::move(spans)), eager_(eager), chunks_(spans_.size()) {
+    : engine_(engine),
+      extents_(std::move(extents)),
+      spans_(std::move(spans)),
+      eager_(eager),
+      chunks_(spans_.size()) {
   std::uint64_t stream = 0;
   for (const Extent& extent : extents_) {
     extent_starts_.push_back(stream);
@@ -47,29 +53,34 @@ Job::Job(Engine& engine, std::vector<Extent> extents, std::vector<Span> spans, s
   }
   std::uint64_t covered = 0;
   for (const Span& span : spans_) {
-    if (span.raw == 0 || span.raw > engine_.options_.chunk_size || static_cast<std::uint8_t>(span.element) >= kElementCount ||
+    if (span.raw == 0 || span.raw > engine_.options_.chunk_size ||
+        static_cast<std::uint8_t>(span.element) >= kElementCount ||
         span.raw % element_width(span.element) != 0) {
-      throw Error(ErrorKind::kInvalid, "a span of " + std::to_string(span.raw) + " bytes is no chunk");
+      throw Error(ErrorKind::kInvalid,
+                  "a span of " + std::to_string(span.raw) + " bytes is no chunk");
     }
     chunk_starts_.push_back(covered);
     covered += span.raw;
   }
   if (eager_ > spans_.size()) {
-    throw Error(ErrorKind::kInvalid, std::to_string(eager_) + " of " + std::to_string(spans_.size()) + " chunks cannot be eager");
+    throw Error(ErrorKind::kInvalid, std::to_string(eager_) + " of " +
+                                         std::to_string(spans_.size()) + " chunks cannot be eager");
   }
   if (covered != stream) {
-    throw Error(ErrorKind::kInvalid, "the spans cover " + std::to_string(covered) + " bytes of a stream of " + std::to_string(stream));
+    throw Error(ErrorKind::kInvalid, "the spans cover " + std::to_string(covered) +
+                                         " bytes of a stream of " + std::to_string(stream));
   }
 }
 
-bool Job::capture(const std::vector<std::pair<DeviceIndex, StreamHandle>>& streams, const Interrupted& interrupted) {
+bool Job::capture(const Streams& streams, const Interrupted& interrupted) {
   engine_.check_process();
   {
     std::lock_guard<std::mutex> lock(engine_.mutex_);
     copy_limit_ = eager_;
     try {
       for (const auto& [index, stream] : streams) {
-        if (auto device = devices_.find(index); device != devices_.end()) device->second->follow(stream);
+        if (auto device = devices_.find(index); device != devices_.end())
+          device->second->follow(stream);
       }
     } catch (const Error& error) {
       fail(error);
@@ -88,12 +99,13 @@ bool Job::capture(const std::vector<std::pair<DeviceIndex, StreamHandle>>& strea
   return completed;
 }
 
-bool Job::gate(const std::vector<std::pair<DeviceIndex, StreamHandle>>& streams, const Interrupted& interrupted) {
+bool Job::gate(const Streams& streams, const Interrupted& interrupted) {
   engine_.check_process();
   if (!copy_until_done(interrupted)) return false;
   try {
     for (const auto& [index, stream] : streams) {
-      if (auto device = devices_.find(index); device != devices_.end()) device->second->gate(stream);
+      if (auto device = devices_.find(index); device != devices_.end())
+        device->second->gate(stream);
     }
   } catch (const Error& error) {
     std::lock_guard<std::mutex> lock(engine_.mutex_);
@@ -102,7 +114,8 @@ bool Job::gate(const std::vector<std::pair<DeviceIndex, StreamHandle>>& streams,
   return true;
 }
 
-// Copies beside the helpers until nothing is left that may be copied and nobody copies any more; false if interrupted.
+// Copies beside the helpers until nothing is left that may be copied and nobody copies any more;
+// false if interrupted.
 bool Job::copy_until_done(const Interrupted& interrupted) {
   bool completed = true;
   try {
@@ -111,7 +124,8 @@ bool Job::copy_until_done(const Interrupted& interrupted) {
     completed = false;
     abort();
   }
-  // Not interruptible: the helpers are in the middle of a chunk at most, and the caller may free its tensors after this.
+  // Not interruptible: the helpers are in the middle of a chunk at most, and the caller may free
+  // its tensors after this.
   std::unique_lock<std::mutex> lock(engine_.mutex_);
   engine_.progress_.wait(lock, [&] { return copying_ == 0 && !may_copy(); });
   return completed;
@@ -176,7 +190,8 @@ Job::Staged Job::stage(std::size_t chunk, Slot slot) const {
   const std::uint64_t end = position + spans_[chunk].raw;
   std::uint8_t* to = slot.data();
   // The last extent that starts at or before the chunk; those of no length before it do not matter.
-  std::size_t i = std::upper_bound(extent_starts_.begin(), extent_starts_.end(), position) - extent_starts_.begin() - 1;
+  std::size_t i = std::upper_bound(extent_starts_.begin(), extent_starts_.end(), position) -
+                  extent_starts_.begin() - 1;
   Staged staged{chunk, std::move(slot), {}};
   std::map<DeviceIndex, Device*> used;
   for (; position < end; ++i) {
@@ -220,14 +235,15 @@ void Job::open_pack(const std::string& path) {
 bool Job::wait_staged(std::chrono::milliseconds timeout) {
   engine_.check_process();
   std::unique_lock<std::mutex> lock(engine_.mutex_);
-  return engine_.progress_.wait_for(lock, timeout,
-                                    [&] { return copying_ == 0 && (failure_ || next_copy_ == spans_.size()); });
+  return engine_.progress_.wait_for(
+      lock, timeout, [&] { return copying_ == 0 && (failure_ || next_copy_ == spans_.size()); });
 }
 
 bool Job::wait_written(std::chrono::milliseconds timeout) {
   engine_.check_process();
   std::unique_lock<std::mutex> lock(engine_.mutex_);
-  const bool done = engine_.progress_.wait_for(lock, timeout, [&] { return failure_ || is_written(); });
+  const bool done =
+      engine_.progress_.wait_for(lock, timeout, [&] { return failure_ || is_written(); });
   if (failure_) throw *failure_;
   return done;
 }
@@ -237,14 +253,16 @@ WrittenPack Job::finish() {
   std::shared_ptr<PackWriter> pack;
   {
     std::unique_lock<std::mutex> lock(engine_.mutex_);
-    if (!failure_ && !is_written()) throw Error(ErrorKind::kInvalid, "finish() before every chunk is written");
+    if (!failure_ && !is_written())
+      throw Error(ErrorKind::kInvalid, "finish() before every chunk is written");
     pack = std::move(pack_);
     if (failure_) {
       end(lock);
       throw *failure_;
     }
   }
-  // The engine takes the next job only when this one's pack is durable: its writes would delay the sync.
+  // The engine takes the next job only when this one's pack is durable: its writes would delay the
+  // sync.
   try {
     const std::uint64_t size = pack->finish();
     std::unique_lock<std::mutex> lock(engine_.mutex_);
@@ -260,7 +278,8 @@ WrittenPack Job::finish() {
 
 void Job::abort() {
   engine_.check_process();
-  // Closed after the lock is given back: closing a file that was deleted frees its space, which may take long.
+  // Closed after the lock is given back: closing a file that was deleted frees its space, which may
+  // take long.
   std::shared_ptr<PackWriter> pack;
   std::unique_lock<std::mutex> lock(engine_.mutex_);
   fail(Error(ErrorKind::kClosed, "the snapshot was aborted"));
@@ -282,12 +301,15 @@ void Job::end(std::unique_lock<std::mutex>& lock) {
 }
 
 std::shared_ptr<Engine> Engine::create(EngineOptions options) {
-  if (options.chunk_size == 0 || options.chunk_size > kLargestChunk || options.chunk_size % kPageSize != 0) {
-    throw Error(ErrorKind::kInvalid, "the chunk size must be a multiple of " + std::to_string(kPageSize) + " bytes, at most " +
+  if (options.chunk_size == 0 || options.chunk_size > kLargestChunk ||
+      options.chunk_size % kPageSize != 0) {
+    throw Error(ErrorKind::kInvalid, "the chunk size must be a multiple of " +
+                                         std::to_string(kPageSize) + " bytes, at most " +
                                          std::to_string(kLargestChunk));
   }
   if (options.slots < 2 || options.workers < 1 || options.copy_threads < 1) {
-    throw Error(ErrorKind::kInvalid, "an engine needs two slots, a worker and a copying thread at least");
+    throw Error(ErrorKind::kInvalid,
+                "an engine needs two slots, a worker and a copying thread at least");
   }
   std::shared_ptr<Engine> engine = owned_by_process(new Engine(std::move(options)));
   engine->start();
@@ -295,13 +317,16 @@ std::shared_ptr<Engine> Engine::create(EngineOptions options) {
 }
 
 Engine::Engine(EngineOptions options)
-    : options_(std::move(options)), owner_(::getpid()), pool_(SlotPool::create(options_.chunk_size, options_.slots)) {}
+    : options_(std::move(options)),
+      owner_(::getpid()),
+      pool_(SlotPool::create(options_.chunk_size, options_.slots)) {}
 
 Engine::~Engine() { close(); }
 
 void Engine::check_process() const {
   if (::getpid() != owner_) {
-    throw Error(ErrorKind::kClosed, "this engine belongs to the process that created it, not to a forked child");
+    throw Error(ErrorKind::kClosed,
+                "this engine belongs to the process that created it, not to a forked child");
   }
 }
 
@@ -325,9 +350,11 @@ void Engine::wait_reserved() {
   pool_->wait_reserved();
 }
 
-std::shared_ptr<Job> Engine::begin(std::vector<Extent> extents, std::vector<Span> spans, std::size_t eager) {
+std::shared_ptr<Job> Engine::begin(std::vector<Extent> extents, std::vector<Span> spans,
+                                   std::size_t eager) {
   check_process();
-  std::shared_ptr<Job> job = owned_by_process(new Job(*this, std::move(extents), std::move(spans), eager));
+  std::shared_ptr<Job> job =
+      owned_by_process(new Job(*this, std::move(extents), std::move(spans), eager));
   std::lock_guard<std::mutex> lock(mutex_);
   if (closing_) throw Error(ErrorKind::kClosed, "the engine is closed");
   if (active_ != nullptr) throw Error(ErrorKind::kInvalid, "another snapshot is in flight");
@@ -341,7 +368,8 @@ void Engine::close() {
     std::lock_guard<std::mutex> lock(mutex_);
     closing_ = true;
     if (active_ != nullptr) {
-      active_->fail(Error(ErrorKind::kClosed, "the engine was closed before the snapshot was written"));
+      active_->fail(
+          Error(ErrorKind::kClosed, "the engine was closed before the snapshot was written"));
       active_.reset();
     }
   }
@@ -402,12 +430,14 @@ void Engine::work() {
   }
 }
 
-StoredChunk Engine::write(PackWriter& pack, const Span& span, Job::Staged& staged, PlanesEncoder* encoder,
-                          std::uint8_t* out) const {
+StoredChunk Engine::write(PackWriter& pack, const Span& span, Job::Staged& staged,
+                          PlanesEncoder* encoder, std::uint8_t* out) const {
   for (const std::unique_ptr<Fence>& fence : staged.fences) fence->wait();
   std::uint8_t* raw = staged.slot.data();
-  StoredChunk chunk{0, span.raw, span.raw, span.element, Encoding::kRaw, 0, xxh3_128(raw, span.raw)};
-  const std::size_t encoded = encoder != nullptr ? encoder->encode(span.element, raw, span.raw, out) : 0;
+  StoredChunk chunk{
+      0, span.raw, span.raw, span.element, Encoding::kRaw, 0, xxh3_128(raw, span.raw)};
+  const std::size_t encoded =
+      encoder != nullptr ? encoder->encode(span.element, raw, span.raw, out) : 0;
   if (encoded > 0) {
     chunk.stored = static_cast<std::uint32_t>(encoded);
     chunk.encoding = Encoding::kPlanes;

@@ -1,10 +1,12 @@
-// engine.h: the way of the bytes when a snapshot is taken: extents -> slots -> encoded chunks -> pack.
+// engine.h: the way of the bytes when a snapshot is taken: extents -> slots -> encoded chunks ->
+// pack.
 //
 //   std::shared_ptr<Job> job = engine->begin(extents, spans, eager);
 //   another thread:  job->open_pack(path); job->wait_written(...); job->finish();
 //   the caller:      job->capture(streams, interrupted);  ... training ...  job->gate(stream);
 //
-// Threads: `copy_threads` - 1 helpers (one at least) copy beside the caller; `workers` low-priority threads encode and write. None of them knows Python.
+// Threads: `copy_threads` - 1 helpers (one at least) copy beside the caller; `workers` low-priority
+// threads encode and write. None of them knows Python.
 #pragma once
 
 #include <unistd.h>
@@ -33,13 +35,13 @@
 namespace pysnap {
 
 struct EngineOptions {
-  std::size_t chunk_size = std::size_t{4} << 20;  // also the size of a slot; a multiple of kPageSize
-  std::size_t slots = 64;                         // bound of the staging memory; at least 2
+  std::size_t chunk_size = 4u << 20;  // also the size of a slot; a multiple of kPageSize
+  std::size_t slots = 64;             // bound of the staging memory; at least 2
   unsigned workers = 2;
   unsigned copy_threads = 2;
-  int nice = 10;                      // of the workers
-  bool direct_io = true;              // where the file system can
-  std::shared_ptr<const Zstd> zstd;   // null: every chunk is stored raw
+  int nice = 10;                     // of the workers
+  bool direct_io = true;             // where the file system can
+  std::shared_ptr<const Zstd> zstd;  // null: every chunk is stored raw
 };
 
 // One chunk of the stream before it is written.
@@ -59,31 +61,38 @@ using Interrupted = std::function<bool()>;
 
 class Engine;
 
-// One capture on its way to disk. Made by Engine::begin; must not outlive its engine. Any method may be called by any thread, unless it says
-// otherwise. A failure (of a copy, a write, the disk) is kept and thrown by wait_written and finish; it never leaves capture or gate, so
-// that training goes on.
+// One capture on its way to disk. Made by Engine::begin; must not outlive its engine. Any method
+// may be called by any thread, unless it says otherwise. A failure (of a copy, a write, the disk)
+// is kept and thrown by wait_written and finish; it never leaves capture or gate, so that training
+// goes on.
 class Job {
  public:
-  // Copies the eager chunks; returns when their bytes have been read, or the job has failed. The lazy ones are then copied in the
-  // background. Blocks for the copy, and for slots where the state is larger than the staging memory. `streams` names the caller's current
-  // stream of each device. Called once, by one thread; false if `interrupted` ended it.
-  bool capture(const std::vector<std::pair<DeviceIndex, StreamHandle>>& streams, const Interrupted& interrupted);
+  // Copies the eager chunks; returns when their bytes have been read, or the job has failed. The
+  // lazy ones are then copied in the background. Blocks for the copy, and for slots where the state
+  // is larger than the staging memory. `streams` names the caller's current stream of each device.
+  // Called once, by one thread; false if `interrupted` ended it.
+  bool capture(const Streams& streams, const Interrupted& interrupted);
 
-  // May not be passed before every byte has been read: on the host it copies what is left and waits, on a device it makes `streams` wait
-  // without blocking the caller. False if `interrupted` ended it.
-  bool gate(const std::vector<std::pair<DeviceIndex, StreamHandle>>& streams, const Interrupted& interrupted);
+  // May not be passed before every byte has been read: on the host it copies what is left and
+  // waits, on a device it makes `streams` wait without blocking the caller. False if `interrupted`
+  // ended it.
+  bool gate(const Streams& streams, const Interrupted& interrupted);
 
-  // Creates the pack and reserves its space; from now on chunks are written. Called once. Throws Error, which is then the failure of the job.
+  // Creates the pack and reserves its space; from now on chunks are written. Called once. Throws
+  // Error, which is then the failure of the job.
   void open_pack(const std::string& path);
 
-  // True once no tensor is read any more: every byte is in staging memory, or the job has failed. False after `timeout`.
+  // True once no tensor is read any more: every byte is in staging memory, or the job has failed.
+  // False after `timeout`.
   bool wait_staged(std::chrono::milliseconds timeout);
   // True once every chunk is in the pack; false after `timeout`. Throws the failure of the job.
   bool wait_written(std::chrono::milliseconds timeout);
-  // Makes the pack durable. Blocks for the disk. Throws the failure of the job, or Error(kInvalid) while chunks are still to be written; in every
-  // other case the job has ended, and no tensor is read any more.
+  // Makes the pack durable. Blocks for the disk. Throws the failure of the job, or Error(kInvalid)
+  // while chunks are still to be written; in every other case the job has ended, and no tensor is
+  // read any more.
   WrittenPack finish();
-  // Gives up: no tensor is read any more, nothing new is written. Blocks for the chunks being copied, not for a write in flight. Ends the job.
+  // Gives up: no tensor is read any more, nothing new is written. Blocks for the chunks being
+  // copied, not for a write in flight. Ends the job.
   void abort();
 
  private:
@@ -128,11 +137,12 @@ class Job {
   std::optional<Error> failure_;
 };
 
-// Owns the threads and the staging memory. One job at a time. In a forked child every method throws Error(kClosed) and destruction does nothing, as
-// the threads do not exist there.
+// Owns the threads and the staging memory. One job at a time. In a forked child every method throws
+// Error(kClosed) and destruction does nothing, as the threads do not exist there.
 class Engine {
  public:
-  // Starts the threads. Throws Error(kInvalid) for options that cannot be, Error(kIo) where threads are refused.
+  // Starts the threads. Throws Error(kInvalid) for options that cannot be, Error(kIo) where threads
+  // are refused.
   static std::shared_ptr<Engine> create(EngineOptions options);
   ~Engine();
 
@@ -141,9 +151,11 @@ class Engine {
   // Blocks until that is done.
   void wait_reserved();
 
-  // `extents` laid end to end are the stream, `spans` cut it into chunks; the first `eager` chunks are copied by capture(), the others later.
-  // No I/O, no copy. Throws Error(kInvalid) for arguments that do not fit, or while another job is in flight.
-  std::shared_ptr<Job> begin(std::vector<Extent> extents, std::vector<Span> spans, std::size_t eager);
+  // `extents` laid end to end are the stream, `spans` cut it into chunks; the first `eager` chunks
+  // are copied by capture(), the others later. No I/O, no copy. Throws Error(kInvalid) for
+  // arguments that do not fit, or while another job is in flight.
+  std::shared_ptr<Job> begin(std::vector<Extent> extents, std::vector<Span> spans,
+                             std::size_t eager);
 
   // Aborts the job in flight and joins the threads; blocks for a write in flight. Safe to repeat.
   void close();
@@ -155,7 +167,8 @@ class Engine {
   void start();
   void work();
   void help_copy();
-  StoredChunk write(PackWriter& pack, const Span& span, Job::Staged& staged, PlanesEncoder* encoder, std::uint8_t* out) const;
+  StoredChunk write(PackWriter& pack, const Span& span, Job::Staged& staged, PlanesEncoder* encoder,
+                    std::uint8_t* out) const;
 
   // Constant after construction.
   const EngineOptions options_;

@@ -6,7 +6,8 @@ namespace pysnap {
 
 Error Error::io(const std::string& doing, const std::string& path, int error_number) {
   // std::generic_category().message is thread safe, strerror is not.
-  Error error(ErrorKind::kIo, doing + " " + path + " failed: " + std::generic_category().message(error_number));
+  Error error(ErrorKind::kIo,
+              doing + " " + path + " failed: " + std::generic_category().message(error_number));
   error.error_number_ = error_number;
   error.path_ = path;
   return error;

@@ -14,7 +14,8 @@ enum class ErrorKind {
   kClosed,   // the engine is closed, the job was aborted, or this is a forked child
 };
 
-// what() is one sentence that a user can read. Copyable, so that a background failure can be kept and thrown again.
+// what() is one sentence that a user can read. Copyable, so that a background failure can be kept
+// and thrown again.
 class Error : public std::runtime_error {
  public:
   Error(ErrorKind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}

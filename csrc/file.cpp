@@ -74,7 +74,8 @@ void File::reserve(std::uint64_t bytes) {
     throw Error::io("reserving " + std::to_string(bytes) + " bytes for", path_, errno);
   }
   struct statvfs status;
-  if (::fstatvfs(descriptor_, &status) != 0) throw Error::io("reading the free space for", path_, errno);
+  if (::fstatvfs(descriptor_, &status) != 0)
+    throw Error::io("reading the free space for", path_, errno);
   if (status.f_bavail * std::uint64_t{status.f_frsize} < bytes) {
     throw Error::io("reserving " + std::to_string(bytes) + " bytes for", path_, ENOSPC);
   }
@@ -112,7 +113,8 @@ std::size_t File::read_at(void* data, std::size_t size, std::uint64_t offset) co
   char* next = static_cast<char*>(data);
   std::size_t done = 0;
   while (done < size) {
-    ssize_t count = ::pread(descriptor_, next + done, size - done, static_cast<off_t>(offset + done));
+    ssize_t count =
+        ::pread(descriptor_, next + done, size - done, static_cast<off_t>(offset + done));
     if (count < 0) {
       if (errno == EINTR) continue;
       throw Error::io("reading", path_, errno);

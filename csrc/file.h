@@ -15,11 +15,13 @@ constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// One open regular file; move-only, closes itself. read_at and write_at may be called by several threads at once; everything
-// else by one thread at a time. Every failure throws Error(kIo) with errno and path.
+// One open regular file; move-only, closes itself. read_at and write_at may be called by several
+// threads at once; everything else by one thread at a time. Every failure throws Error(kIo) with
+// errno and path.
 class File {
  public:
-  // Creates a file that must not exist (0600). With `direct` it bypasses the page cache where the file system can.
+  // Creates a file that must not exist (0600). With `direct` it bypasses the page cache where the
+  // file system can.
   static File create(const std::string& path, bool direct);
   // Opens for reading. Symbolic links and anything but a regular file are refused.
   static File open(const std::string& path);
@@ -31,10 +33,11 @@ class File {
   const std::string& path() const { return path_; }
   std::uint64_t size() const;
 
-  // Makes room for `bytes` and sets the length, so that a full disk is found now. Where the file system cannot reserve,
-  // the free space is compared instead.
+  // Makes room for `bytes` and sets the length, so that a full disk is found now. Where the file
+  // system cannot reserve, the free space is compared instead.
   void reserve(std::uint64_t bytes);
-  // Writes all of it: short writes are continued, EINTR is retried. A direct file needs page-aligned arguments.
+  // Writes all of it: short writes are continued, EINTR is retried. A direct file needs
+  // page-aligned arguments.
   void write_at(const void* data, std::size_t size, std::uint64_t offset) const;
   // Returns the number of bytes read: less than `size` only where the file ends.
   std::size_t read_at(void* data, std::size_t size, std::uint64_t offset) const;
@@ -46,7 +49,8 @@ class File {
 
  private:
   File(int descriptor, std::string path) : descriptor_(descriptor), path_(std::move(path)) {}
-  // For a device that wants more than page alignment: goes on through the page cache. Several threads may find that out at once.
+  // For a device that wants more than page alignment: goes on through the page cache. Several
+  // threads may find that out at once.
   void leave_direct() const;
 
   int descriptor_;

@@ -4,7 +4,8 @@
 
 namespace pysnap {
 
-PackWriter::PackWriter(const std::string& path, std::uint64_t expected, bool direct) : file_(File::create(path, direct)) {
+PackWriter::PackWriter(const std::string& path, std::uint64_t expected, bool direct)
+    : file_(File::create(path, direct)) {
   file_.reserve(expected);
 }
 

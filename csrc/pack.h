@@ -26,14 +26,15 @@ struct StoredChunk {
   Digest digest;
 };
 
-// Writes one pack. append() may be called by several threads at once; a failure throws Error(kIo), after which the pack is abandoned.
+// Writes one pack. append() may be called by several threads at once; a failure throws Error(kIo),
+// after which the pack is abandoned.
 class PackWriter {
  public:
   // Creates the file and reserves `expected` bytes.
   PackWriter(const std::string& path, std::uint64_t expected, bool direct);
 
-  // Writes `stored` bytes at the next free page and returns its offset. `data` is page-aligned and has room up to the next multiple of
-  // kPageSize, which is overwritten with zeros.
+  // Writes `stored` bytes at the next free page and returns its offset. `data` is page-aligned and
+  // has room up to the next multiple of kPageSize, which is overwritten with zeros.
   std::uint64_t append(std::uint8_t* data, std::size_t stored);
   // Cuts the file to what was written, makes it durable and closes it; returns its length.
   std::uint64_t finish();

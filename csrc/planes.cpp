@@ -8,8 +8,8 @@ namespace pysnap {
 
 namespace {
 
-// The loops below are written for the compiler's vectoriser and compiled once per instruction set: the bodies are inlined into
-// functions that carry the target.
+// The loops below are written for the compiler's vectoriser and compiled once per instruction set:
+// the bodies are inlined into functions that carry the target.
 #define PYSNAP_INLINE inline __attribute__((always_inline))
 
 template <typename Word>
@@ -19,13 +19,15 @@ PYSNAP_INLINE Word load(const std::uint8_t* from) {
   return word;
 }
 
-// Byte of plane P of one element; of floats the sign goes to the top of plane 1, so that plane 0 is the eight bits below it.
+// Byte of plane P of one element; of floats the sign goes to the top of plane 1, so that plane 0 is
+// the eight bits below it.
 template <typename Word, bool kFloat, std::size_t P>
 PYSNAP_INLINE std::uint8_t plane_byte(Word word) {
   constexpr std::size_t kBits = 8 * sizeof(Word);
   if constexpr (kFloat && P == 0) return static_cast<std::uint8_t>(word >> (kBits - 9));
   if constexpr (kFloat && P == 1) {
-    return static_cast<std::uint8_t>(((word >> (kBits - 8)) & 0x80) | ((word >> (kBits - 16)) & 0x7F));
+    return static_cast<std::uint8_t>(((word >> (kBits - 8)) & 0x80) |
+                                     ((word >> (kBits - 16)) & 0x7F));
   }
   return static_cast<std::uint8_t>(word >> (kBits - 8 * (P + 1)));
 }
@@ -36,25 +38,28 @@ PYSNAP_INLINE Word place_byte(std::uint8_t byte) {
   const Word word = byte;
   if constexpr (kFloat && P == 0) return static_cast<Word>(word << (kBits - 9));
   if constexpr (kFloat && P == 1) {
-    return static_cast<Word>(static_cast<Word>((word & 0x80) << (kBits - 8)) | static_cast<Word>((word & 0x7F) << (kBits - 16)));
+    return static_cast<Word>(static_cast<Word>((word & 0x80) << (kBits - 8)) |
+                             static_cast<Word>((word & 0x7F) << (kBits - 16)));
   }
   return static_cast<Word>(word << (kBits - 8 * (P + 1)));
 }
 
 template <typename Word, bool kFloat, std::size_t P>
-PYSNAP_INLINE void split_one(const std::uint8_t* __restrict raw, std::size_t count, std::uint8_t* __restrict plane) {
-  for (std::size_t i = 0; i < count; ++i) plane[i] = plane_byte<Word, kFloat, P>(load<Word>(raw + i * sizeof(Word)));
+PYSNAP_INLINE void split_one(const std::uint8_t* __restrict raw, std::size_t count,
+                             std::uint8_t* __restrict plane) {
+  for (std::size_t i = 0; i < count; ++i)
+    plane[i] = plane_byte<Word, kFloat, P>(load<Word>(raw + i * sizeof(Word)));
 }
 
 template <typename Word, bool kFloat, std::size_t... P>
-PYSNAP_INLINE void split_all(const std::uint8_t* raw, std::size_t count, std::uint8_t* planes, std::size_t stride,
-                             std::index_sequence<P...>) {
+PYSNAP_INLINE void split_all(const std::uint8_t* raw, std::size_t count, std::uint8_t* planes,
+                             std::size_t stride, std::index_sequence<P...>) {
   (split_one<Word, kFloat, P>(raw, count, planes + P * stride), ...);
 }
 
 template <typename Word, bool kFloat, std::size_t... P>
-PYSNAP_INLINE void merge_all(const std::uint8_t* const* planes, std::size_t count, std::uint8_t* __restrict raw,
-                             std::index_sequence<P...>) {
+PYSNAP_INLINE void merge_all(const std::uint8_t* const* planes, std::size_t count,
+                             std::uint8_t* __restrict raw, std::index_sequence<P...>) {
   for (std::size_t i = 0; i < count; ++i) {
     const Word word = static_cast<Word>((place_byte<Word, kFloat, P>(planes[P][i]) | ...));
     std::memcpy(raw + i * sizeof(Word), &word, sizeof(Word));
@@ -90,7 +95,8 @@ struct Split {
 
   template <typename Word, typename IsFloat>
   PYSNAP_INLINE void operator()(Word, IsFloat) const {
-    split_all<Word, IsFloat::value>(raw, count, planes, stride, std::make_index_sequence<sizeof(Word)>());
+    split_all<Word, IsFloat::value>(raw, count, planes, stride,
+                                    std::make_index_sequence<sizeof(Word)>());
   }
 };
 
@@ -134,12 +140,13 @@ void run(Element element, Body body, SimdPath path) {
 
 }  // namespace
 
-void split_planes(Element element, const std::uint8_t* raw, std::size_t count, std::uint8_t* planes, std::size_t stride,
-                  SimdPath path) {
+void split_planes(Element element, const std::uint8_t* raw, std::size_t count, std::uint8_t* planes,
+                  std::size_t stride, SimdPath path) {
   run(element, Split{raw, count, planes, stride}, path);
 }
 
-void merge_planes(Element element, const std::uint8_t* const* planes, std::size_t count, std::uint8_t* raw, SimdPath path) {
+void merge_planes(Element element, const std::uint8_t* const* planes, std::size_t count,
+                  std::uint8_t* raw, SimdPath path) {
   run(element, Merge{planes, count, raw}, path);
 }
 

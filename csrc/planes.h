@@ -1,4 +1,5 @@
-// planes.h: the byte-plane filter: elements <-> one plane per byte of the element. Pure functions, SIMD chosen at run time.
+// planes.h: the byte-plane filter: elements <-> one plane per byte of the element. Pure functions,
+// SIMD chosen at run time.
 #pragma once
 
 #include <cstddef>
@@ -10,11 +11,11 @@
 namespace pysnap {
 
 // The i-th byte of plane p goes to planes[p * stride + i]; `count` elements.
-void split_planes(Element element, const std::uint8_t* raw, std::size_t count, std::uint8_t* planes, std::size_t stride,
-                  SimdPath path = best_simd_path());
+void split_planes(Element element, const std::uint8_t* raw, std::size_t count, std::uint8_t* planes,
+                  std::size_t stride, SimdPath path = best_simd_path());
 
 // The inverse. planes[p] points to `count` bytes.
-void merge_planes(Element element, const std::uint8_t* const* planes, std::size_t count, std::uint8_t* raw,
-                  SimdPath path = best_simd_path());
+void merge_planes(Element element, const std::uint8_t* const* planes, std::size_t count,
+                  std::uint8_t* raw, SimdPath path = best_simd_path());
 
 }  // namespace pysnap

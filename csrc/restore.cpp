@@ -37,27 +37,37 @@ struct OpenPack {
 // One thread's means: reads one chunk at a time and hands out its checked raw bytes.
 class ChunkReader {
  public:
-  ChunkReader(const std::vector<OpenPack>& packs, const std::vector<StoredChunk>& chunks, std::size_t largest,
-              std::shared_ptr<const Zstd> zstd)
-      : packs_(packs), chunks_(chunks), decoder_(std::move(zstd)), stored_(make_buffer(largest)), raw_(make_buffer(largest)) {}
+  ChunkReader(const std::vector<OpenPack>& packs, const std::vector<StoredChunk>& chunks,
+              std::size_t largest, std::shared_ptr<const Zstd> zstd)
+      : packs_(packs),
+        chunks_(chunks),
+        decoder_(std::move(zstd)),
+        stored_(make_buffer(largest)),
+        raw_(make_buffer(largest)) {}
 
   // Valid until the next call. Throws Error(kCorrupt) or Error(kIo).
   const std::uint8_t* read(std::size_t index) {
     const StoredChunk& chunk = chunks_[index];
     if (packs_[chunk.pack].failure) throw *packs_[chunk.pack].failure;
     const File& pack = *packs_[chunk.pack].file;
-    auto damage = [&](const char* what) { return Error::corrupt(pack.path(), static_cast<std::int64_t>(index), what); };
+    auto damage = [&](const char* what) {
+      return Error::corrupt(pack.path(), static_cast<std::int64_t>(index), what);
+    };
     const std::size_t padded = round_up(chunk.stored, kPageSize);
-    if (pack.read_at(stored_.get(), padded, chunk.offset) != padded) throw damage("the file ends before it");
-    if (std::any_of(stored_.get() + chunk.stored, stored_.get() + padded, [](std::uint8_t byte) { return byte != 0; })) {
+    if (pack.read_at(stored_.get(), padded, chunk.offset) != padded)
+      throw damage("the file ends before it");
+    if (std::any_of(stored_.get() + chunk.stored, stored_.get() + padded,
+                    [](std::uint8_t byte) { return byte != 0; })) {
       throw damage("the bytes behind it are not zero");
     }
     const std::uint8_t* raw = stored_.get();
     if (chunk.encoding == Encoding::kPlanes) {
-      if (!decoder_.decode(chunk.element, stored_.get(), chunk.stored, raw_.get(), chunk.raw)) throw damage("it cannot be decoded");
+      if (!decoder_.decode(chunk.element, stored_.get(), chunk.stored, raw_.get(), chunk.raw))
+        throw damage("it cannot be decoded");
       raw = raw_.get();
     }
-    if (xxh3_128(raw, chunk.raw) != chunk.digest) throw damage("its bytes do not match their digest");
+    if (xxh3_128(raw, chunk.raw) != chunk.digest)
+      throw damage("its bytes do not match their digest");
     return raw;
   }
 
@@ -70,16 +80,22 @@ class ChunkReader {
 };
 
 // The chunk table comes from a file: nothing in it is believed before it is checked here.
-std::uint64_t check_table(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks) {
+std::uint64_t check_table(const std::vector<PackFile>& packs,
+                          const std::vector<StoredChunk>& chunks) {
   std::uint64_t stream = 0;
   for (std::size_t i = 0; i < chunks.size(); ++i) {
     const StoredChunk& chunk = chunks[i];
-    const bool valid = chunk.pack < packs.size() && chunk.raw > 0 && chunk.raw <= kLargestChunk && chunk.stored > 0 &&
-                       chunk.stored <= chunk.raw && static_cast<std::uint8_t>(chunk.element) < kElementCount &&
-                       static_cast<std::uint8_t>(chunk.encoding) <= 1 && chunk.raw % element_width(chunk.element) == 0 &&
-                       (chunk.encoding == Encoding::kRaw) == (chunk.stored == chunk.raw) && chunk.offset % kPageSize == 0 &&
-                       chunk.offset <= packs[chunk.pack].size && chunk.stored <= packs[chunk.pack].size - chunk.offset;
-    if (!valid) throw Error(ErrorKind::kInvalid, "row " + std::to_string(i) + " of the chunk table is not valid");
+    const bool valid = chunk.pack < packs.size() && chunk.raw > 0 && chunk.raw <= kLargestChunk &&
+                       chunk.stored > 0 && chunk.stored <= chunk.raw &&
+                       static_cast<std::uint8_t>(chunk.element) < kElementCount &&
+                       static_cast<std::uint8_t>(chunk.encoding) <= 1 &&
+                       chunk.raw % element_width(chunk.element) == 0 &&
+                       (chunk.encoding == Encoding::kRaw) == (chunk.stored == chunk.raw) &&
+                       chunk.offset % kPageSize == 0 && chunk.offset <= packs[chunk.pack].size &&
+                       chunk.stored <= packs[chunk.pack].size - chunk.offset;
+    if (!valid)
+      throw Error(ErrorKind::kInvalid,
+                  "row " + std::to_string(i) + " of the chunk table is not valid");
     stream += chunk.raw;
   }
   return stream;
@@ -93,7 +109,9 @@ std::vector<OpenPack> open_packs(const std::vector<PackFile>& packs) {
       open.file.emplace(File::open(pack.path));
       const std::uint64_t size = open.file->size();
       if (size != pack.size) {
-        open.failure = Error::corrupt(pack.path, -1, "it has " + std::to_string(size) + " bytes instead of " + std::to_string(pack.size));
+        open.failure = Error::corrupt(
+            pack.path, -1,
+            "it has " + std::to_string(size) + " bytes instead of " + std::to_string(pack.size));
       }
     } catch (const Error& error) {
       open.failure = error;
@@ -108,10 +126,12 @@ std::size_t largest_chunk(const std::vector<StoredChunk>& chunks) {
   return largest;
 }
 
-// Calls handle(reader, i) for every i below `count` on several threads, until one call returns false. Exceptions of the first failing thread
-// are thrown here. False if interrupted.
-bool for_each_chunk(std::size_t count, unsigned threads, const std::function<ChunkReader()>& make_reader,
-                    const std::function<bool(ChunkReader&, std::size_t)>& handle, const Interrupted& interrupted) {
+// Calls handle(reader, i) for every i below `count` on several threads, until one call returns
+// false. Exceptions of the first failing thread are thrown here. False if interrupted.
+bool for_each_chunk(std::size_t count, unsigned threads,
+                    const std::function<ChunkReader()>& make_reader,
+                    const std::function<bool(ChunkReader&, std::size_t)>& handle,
+                    const Interrupted& interrupted) {
   std::atomic<std::size_t> next{0};
   std::atomic<bool> stop{false};
   std::mutex mutex;
@@ -140,7 +160,8 @@ bool for_each_chunk(std::size_t count, unsigned threads, const std::function<Chu
   const std::size_t wanted = std::min<std::size_t>(threads, count);
   helpers.reserve(wanted);
   try {
-    for (std::size_t i = 1; i < wanted; ++i) helpers.push_back(start_thread("pysnap-read", [&] { run(false); }));
+    for (std::size_t i = 1; i < wanted; ++i)
+      helpers.push_back(start_thread("pysnap-read", [&] { run(false); }));
   } catch (const std::exception&) {
     // Fewer threads are slower, nothing else.
   }
@@ -152,8 +173,9 @@ bool for_each_chunk(std::size_t count, unsigned threads, const std::function<Chu
 
 }  // namespace
 
-bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks, const std::vector<Target>& targets,
-             unsigned threads, std::shared_ptr<const Zstd> zstd, const Interrupted& interrupted) {
+bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks,
+             const std::vector<Target>& targets, unsigned threads, std::shared_ptr<const Zstd> zstd,
+             const Interrupted& interrupted) {
   const std::uint64_t stream = check_table(packs, chunks);
   std::vector<std::uint64_t> starts;
   std::uint64_t start = 0;
@@ -170,10 +192,14 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
     if (target.length == 0) continue;
     std::shared_ptr<Device>& device = devices[target.device];
     if (device == nullptr) device = open_device(target.device);
-    std::size_t i = static_cast<std::size_t>(std::upper_bound(starts.begin(), starts.end(), target.offset) - starts.begin()) - 1;
+    std::size_t i =
+        static_cast<std::size_t>(std::upper_bound(starts.begin(), starts.end(), target.offset) -
+                                 starts.begin()) -
+        1;
     for (std::uint64_t done = 0; done < target.length; ++i) {
       const std::uint64_t skip = target.offset + done - starts[i];
-      const std::uint64_t length = std::min<std::uint64_t>(chunks[i].raw - skip, target.length - done);
+      const std::uint64_t length =
+          std::min<std::uint64_t>(chunks[i].raw - skip, target.length - done);
       pieces[i].push_back({skip, length, target.address + done, device.get()});
       done += length;
     }
@@ -188,7 +214,8 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
       needed.size(), threads, [&] { return ChunkReader(opened, chunks, largest, zstd); },
       [&](ChunkReader& reader, std::size_t i) {
         const std::uint8_t* raw = reader.read(needed[i]);
-        for (const Piece& piece : pieces[needed[i]]) piece.device->write(piece.address, raw + piece.offset, piece.length);
+        for (const Piece& piece : pieces[needed[i]])
+          piece.device->write(piece.address, raw + piece.offset, piece.length);
         for (const auto& [index, device] : devices) {
           if (std::unique_ptr<Fence> fence = device->fence()) fence->wait();
         }
@@ -197,7 +224,8 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
       interrupted);
 }
 
-std::vector<Damage> verify(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks, unsigned threads,
+std::vector<Damage> verify(const std::vector<PackFile>& packs,
+                           const std::vector<StoredChunk>& chunks, unsigned threads,
                            std::shared_ptr<const Zstd> zstd, const Interrupted& interrupted) {
   check_table(packs, chunks);
   const std::vector<OpenPack> opened = open_packs(packs);
@@ -217,7 +245,8 @@ std::vector<Damage> verify(const std::vector<PackFile>& packs, const std::vector
         return true;
       },
       interrupted);
-  std::sort(damages.begin(), damages.end(), [](const Damage& a, const Damage& b) { return a.chunk < b.chunk; });
+  std::sort(damages.begin(), damages.end(),
+            [](const Damage& a, const Damage& b) { return a.chunk < b.chunk; });
   return damages;
 }
 

@@ -19,7 +19,8 @@ struct PackFile {
   std::uint64_t size;  // what the manifest says
 };
 
-// Bytes of the stream and where they go. Targets may overlap in the stream (tied tensors), and in memory where they share those very bytes.
+// Bytes of the stream and where they go. Targets may overlap in the stream (tied tensors), and in
+// memory where they share those very bytes.
 struct Target {
   std::uint64_t offset;
   std::uint64_t address;
@@ -33,16 +34,21 @@ struct Damage {
   std::string what;
 };
 
-// Reads the chunks that hold bytes of a target, checks each against its digest, and only then copies its bytes into the targets. `chunks` are in
-// the order of the stream. Uses `threads` threads, the caller among them, at its priority, and 2 chunks of memory each. Throws the first failure:
-// Error(kCorrupt) with the chunk (none for a pack of another length), Error(kIo), or Error(kInvalid) for a chunk table or targets that cannot be; targets may then be partly written.
+// Reads the chunks that hold bytes of a target, checks each against its digest, and only then
+// copies its bytes into the targets. `chunks` are in the order of the stream. Uses `threads`
+// threads, the caller among them, at its priority, and 2 chunks of memory each. Throws the first
+// failure: Error(kCorrupt) with the chunk (none for a pack of another length), Error(kIo), or
+// Error(kInvalid) for a chunk table or targets that cannot be; targets may then be partly written.
 // False if `interrupted` ended it.
-bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks, const std::vector<Target>& targets,
-             unsigned threads, std::shared_ptr<const Zstd> zstd, const Interrupted& interrupted);
+bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks,
+             const std::vector<Target>& targets, unsigned threads, std::shared_ptr<const Zstd> zstd,
+             const Interrupted& interrupted);
 
-// Reads and checks every chunk, and goes on after damage; of a pack that is missing or has another length, every chunk is damaged. Throws only what is
-// no damage: Error(kInvalid) for a table that cannot be or a missing libzstd, std::bad_alloc. What it found so far if `interrupted` ended it.
-std::vector<Damage> verify(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks, unsigned threads,
+// Reads and checks every chunk, and goes on after damage; of a pack that is missing or has another
+// length, every chunk is damaged. Throws only what is no damage: Error(kInvalid) for a table that
+// cannot be or a missing libzstd, std::bad_alloc. What it found so far if `interrupted` ended it.
+std::vector<Damage> verify(const std::vector<PackFile>& packs,
+                           const std::vector<StoredChunk>& chunks, unsigned threads,
                            std::shared_ptr<const Zstd> zstd, const Interrupted& interrupted);
 
 }  // namespace pysnap

@@ -13,7 +13,8 @@ namespace pysnap {
 
 namespace {
 
-// Large enough for huge pages and few mappings, small enough that the first slots are ready at once.
+// Large enough for huge pages and few mappings, small enough that the first slots are ready at
+// once.
 constexpr std::size_t kRegionSize = std::size_t{32} << 20;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
@@ -23,7 +24,8 @@ bool touch(std::uint8_t* memory, std::size_t size) {
   if (::madvise(memory, size, MADV_POPULATE_WRITE) == 0) return true;
   if (errno == ENOMEM) return false;
 #endif
-  for (std::size_t i = 0; i < size; i += kPageSize) static_cast<volatile std::uint8_t*>(memory)[i] = 0;
+  for (std::size_t i = 0; i < size; i += kPageSize)
+    static_cast<volatile std::uint8_t*>(memory)[i] = 0;
   return true;
 }
 
@@ -77,7 +79,8 @@ std::optional<Slot> SlotPool::try_acquire() {
 std::optional<Slot> SlotPool::acquire(std::chrono::milliseconds timeout) {
   std::unique_lock<std::mutex> lock(mutex_);
   if (free_.empty() && ready_ < max_slots_) ask(ready_ + 1);
-  changed_.wait_for(lock, timeout, [&] { return !free_.empty() || stopping_ || (exhausted_ && ready_ == 0); });
+  changed_.wait_for(lock, timeout,
+                    [&] { return !free_.empty() || stopping_ || (exhausted_ && ready_ == 0); });
   if (exhausted_ && ready_ == 0) throw Error::io("mapping staging memory for", "a slot", ENOMEM);
   return pop();
 }
@@ -102,10 +105,12 @@ void SlotPool::grow() {
   for (;;) {
     changed_.wait(lock, [&] { return stopping_ || (ready_ < wanted_ && !exhausted_); });
     if (stopping_) return;
-    const std::size_t slots = std::min(std::max<std::size_t>(1, kRegionSize / slot_size_), max_slots_ - ready_);
+    const std::size_t slots =
+        std::min(std::max<std::size_t>(1, kRegionSize / slot_size_), max_slots_ - ready_);
     const std::size_t size = slots * slot_size_;
     lock.unlock();
-    void* mapped = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* mapped =
+        ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     Region region(mapped == MAP_FAILED ? nullptr : static_cast<std::uint8_t*>(mapped), Unmap{size});
     if (region != nullptr) {
       if (size >= kHugePage) ::madvise(mapped, size, MADV_HUGEPAGE);

@@ -35,8 +35,9 @@ class Slot {
   std::uint8_t* data_;
 };
 
-// Bounded: never more than `max_slots`. Memory is mapped and touched by a thread of the pool, ahead of need (reserve) or on demand (acquire),
-// and is given back when the pool dies. It is not inherited by forked children. Thread safe.
+// Bounded: never more than `max_slots`. Memory is mapped and touched by a thread of the pool, ahead
+// of need (reserve) or on demand (acquire), and is given back when the pool dies. It is not
+// inherited by forked children. Thread safe.
 class SlotPool : public std::enable_shared_from_this<SlotPool> {
  public:
   static std::shared_ptr<SlotPool> create(std::size_t slot_size, std::size_t max_slots);
@@ -51,10 +52,11 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   void wait_reserved();
   // A free slot that is ready, without waiting.
   std::optional<Slot> try_acquire();
-  // Waits for a slot, at most `timeout`. Memory that the system refused before is asked for again; throws Error(kIo, ENOMEM) where not one slot
-  // can be had.
+  // Waits for a slot, at most `timeout`. Memory that the system refused before is asked for again;
+  // throws Error(kIo, ENOMEM) where not one slot can be had.
   std::optional<Slot> acquire(std::chrono::milliseconds timeout);
-  // Ends the growing thread. Called by the owner before the pool's last reference may be dropped by another thread.
+  // Ends the growing thread. Called by the owner before the pool's last reference may be dropped by
+  // another thread.
   void stop();
 
  private:
@@ -65,7 +67,8 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   };
   using Region = std::unique_ptr<std::uint8_t, Unmap>;
 
-  SlotPool(std::size_t slot_size, std::size_t max_slots) : slot_size_(slot_size), max_slots_(max_slots) {}
+  SlotPool(std::size_t slot_size, std::size_t max_slots)
+      : slot_size_(slot_size), max_slots_(max_slots) {}
   void grow();
   void ask(std::size_t slots);
   std::optional<Slot> pop();
@@ -81,9 +84,9 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   std::condition_variable changed_;
   std::vector<Region> regions_;
   std::vector<std::uint8_t*> free_;
-  std::size_t wanted_ = 0;   // slots asked for so far
-  std::size_t ready_ = 0;    // slots mapped and touched, free or in use
-  bool exhausted_ = false;   // the system gave no more when it was asked last
+  std::size_t wanted_ = 0;  // slots asked for so far
+  std::size_t ready_ = 0;   // slots mapped and touched, free or in use
+  bool exhausted_ = false;  // the system gave no more when it was asked last
   bool stopping_ = false;
 };
 

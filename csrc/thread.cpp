@@ -17,7 +17,8 @@ namespace pysnap {
 
 namespace {
 
-// Blocks every signal of the calling thread while it lives; a thread that is started meanwhile inherits that for good.
+// Blocks every signal of the calling thread while it lives; a thread that is started meanwhile
+// inherits that for good.
 class BlockedSignals {
  public:
   BlockedSignals() {
@@ -50,7 +51,8 @@ std::thread start_thread(const char* name, std::function<void()> body, int nice)
 
 unsigned available_processors() {
   cpu_set_t set;
-  if (::sched_getaffinity(0, sizeof(set), &set) != 0) return std::max(1u, std::thread::hardware_concurrency());
+  if (::sched_getaffinity(0, sizeof(set), &set) != 0)
+    return std::max(1u, std::thread::hardware_concurrency());
   return static_cast<unsigned>(std::max(1, CPU_COUNT(&set)));
 }
 

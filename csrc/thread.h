@@ -6,8 +6,9 @@
 
 namespace pysnap {
 
-// A thread with every signal blocked (they belong to the trainer's threads), named for debuggers, at `nice` (0 = unchanged;
-// a system that refuses leaves it unchanged). Throws Error(kIo) where the system starts no more threads. `body` must not throw.
+// A thread with every signal blocked (they belong to the trainer's threads), named for debuggers,
+// at `nice` (0 = unchanged; a system that refuses leaves it unchanged). Throws Error(kIo) where the
+// system starts no more threads. `body` must not throw.
 std::thread start_thread(const char* name, std::function<void()> body, int nice = 0);
 
 // The processors that this process may run on, at least 1.

@@ -48,11 +48,13 @@ std::shared_ptr<const Zstd> Zstd::open(const std::vector<std::string>& names) {
 ZstdCompressor::ZstdCompressor(std::shared_ptr<const Zstd> zstd, ZstdRecipe recipe)
     : zstd_(std::move(zstd)), context_(zstd_->create_compressor_(), zstd_->free_compressor_) {
   if (context_ == nullptr) throw std::bad_alloc();
-  auto set = [&](int parameter, int value) { zstd_->set_parameter_(context_.get(), parameter, value); };
+  auto set = [&](int parameter, int value) {
+    zstd_->set_parameter_(context_.get(), parameter, value);
+  };
   set(kCompressionLevel, 1);
   if (recipe == ZstdRecipe::kEntropy) {
-    // Short hash, long minimal match and a huge step: the match finder runs through and only literals are coded. A library that
-    // refuses a parameter still writes valid frames.
+    // Short hash, long minimal match and a huge step: the match finder runs through and only
+    // literals are coded. A library that refuses a parameter still writes valid frames.
     set(kStrategy, 1);
     set(kHashLog, 6);
     set(kMinMatch, 7);
@@ -61,7 +63,8 @@ ZstdCompressor::ZstdCompressor(std::shared_ptr<const Zstd> zstd, ZstdRecipe reci
   }
 }
 
-std::size_t ZstdCompressor::compress(const void* data, std::size_t size, void* out, std::size_t capacity) {
+std::size_t ZstdCompressor::compress(const void* data, std::size_t size, void* out,
+                                     std::size_t capacity) {
   std::size_t written = zstd_->compress_(context_.get(), out, capacity, data, size);
   return zstd_->is_error_(written) ? 0 : written;
 }
@@ -71,7 +74,8 @@ ZstdDecompressor::ZstdDecompressor(std::shared_ptr<const Zstd> zstd)
   if (context_ == nullptr) throw std::bad_alloc();
 }
 
-bool ZstdDecompressor::decompress(const void* frame, std::size_t frame_size, void* out, std::size_t size) {
+bool ZstdDecompressor::decompress(const void* frame, std::size_t frame_size, void* out,
+                                  std::size_t size) {
   // The library itself would also decode several frames, one after the other.
   return zstd_->find_frame_size_(frame, frame_size) == frame_size &&
          zstd_->decompress_(context_.get(), out, size, frame, frame_size) == size;

@@ -10,7 +10,8 @@
 
 namespace pysnap {
 
-// The functions of one libzstd (stable API, 1.4 or later). Immutable after open(), so threads share it.
+// The functions of one libzstd (stable API, 1.4 or later). Immutable after open(), so threads share
+// it.
 class Zstd {
  public:
   // The first of `names` that opens and has every function; null where none does.
@@ -36,8 +37,8 @@ class Zstd {
   unsigned (*is_error_)(std::size_t) = nullptr;
 };
 
-// What a plane is compressed for: `kEntropy` turns zstd into a Huffman coder that looks for no matches, for bytes that have a skewed
-// distribution and no repeats; `kMatches` is level 1.
+// What a plane is compressed for: `kEntropy` turns zstd into a Huffman coder that looks for no
+// matches, for bytes that have a skewed distribution and no repeats; `kMatches` is level 1.
 enum class ZstdRecipe { kEntropy, kMatches };
 
 // One thread's compressor.
@@ -56,7 +57,8 @@ class ZstdCompressor {
 class ZstdDecompressor {
  public:
   explicit ZstdDecompressor(std::shared_ptr<const Zstd> zstd);
-  // False unless `frame` is one frame that decodes to exactly `size` bytes. Never writes past out + size.
+  // False unless `frame` is one frame that decodes to exactly `size` bytes. Never writes past out +
+  // size.
   bool decompress(const void* frame, std::size_t frame_size, void* out, std::size_t size);
 
  private:
