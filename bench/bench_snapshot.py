@@ -253,7 +253,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _count(text: str) -> int:
     """A number of parameters; `125M` is 125 million."""
     try:
-        return parse_size(text.strip().rstrip("Mm") + "MB" if text[-1:] in "Mm" else text)
+        return parse_size(text + "B" if text[-1:].upper() in ("K", "M") else text)
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no number of parameters; give one such as 125M"
@@ -278,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         repeats=max(1, options.repeats or (3 if quick else 5)),
         more_firsts=0 if quick else 2,
         pairs=2 if quick else 3,
-        segment_seconds=1.5 if quick else 6.0,
+        segment_seconds=1.5 if quick else 5.0,
         peers=options.peers,
     )
     name = options.name or ("quick" if quick else "snapshot")
@@ -317,4 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -34,10 +34,12 @@ def main() -> None:
 
         job = json.loads(sys.argv[2])
         foreign = _ForeignWork()
+        start = time.monotonic()
         result = MEASURES[job["measure"]](
             **job["arguments"], tell=lambda text: write({"tell": text})
         )
-        write({"result": result | {"foreign_cpu": foreign.share()}})
+        cost = {"foreign_cpu": foreign.share(), "wall_seconds": time.monotonic() - start}
+        write({"result": result | cost})
 
 
 class _ForeignWork:

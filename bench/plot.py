@@ -1,4 +1,4 @@
-"""The figures as bars: medians, with every repetition as a dot and the floors as lines."""
+"""The figures as bars: medians, with every repetition as a dot and the floors in red."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ def draw(results: Results, path: Path) -> None:
     blocked, durable, stored, memory, speed, restore = grid.flat
     saves = results["saves"]
     warm = {subject: result["warm"] for subject, result in saves.items()}
-    every_row = [row for rows in warm.values() for row in rows]
 
     _bars(
         blocked,
         "caller blocked per save, s",
         {subject: [row["blocked_seconds"] for row in rows] for subject, rows in warm.items()},
     )
-    _floor(blocked, "best memcpy", [best_memcpy(row) for row in every_row])
+    _floors(blocked, "best memcpy", [[best_memcpy(row) for row in rows] for rows in warm.values()])
     _bars(
         durable,
         "time to durable, s",
         {subject: [row["durable_seconds"] for row in rows] for subject, rows in warm.items()},
     )
-    _floor(durable, "write + sync", [row["write_seconds"] for row in every_row])
+    _floors(
+        durable, "write + sync", [[row["write_seconds"] for row in rows] for rows in warm.values()]
+    )
     _bars(
         stored,
         "bytes on disk, GB",
@@ -105,7 +106,9 @@ def _bars(axes: Axes, title: str, values: dict[str, list[float]]) -> None:
     axes.set_xlim(left=0)
 
 
-def _floor(axes: Axes, name: str, seconds: list[float]) -> None:
-    if seconds:
-        axes.axvline(statistics.median(seconds), color=_FLOOR, linestyle="--", label=name)
-        axes.legend(loc="center right", fontsize=8, frameon=False)
+def _floors(axes: Axes, name: str, seconds: list[list[float]]) -> None:
+    """Each subject's own floor across its bar: those of others were measured at other times."""
+    for place, values in enumerate(seconds):
+        middle = statistics.median(values)
+        axes.plot([middle, middle], [place - 0.4, place + 0.4], color=_FLOOR, linewidth=2)
+    axes.set_title(f"red: {name}", fontsize=9, loc="right", color=_FLOOR)

@@ -10,7 +10,8 @@
 
 namespace pysnap {
 
-// The i-th byte of plane p goes to planes[p * stride + i]; `count` elements.
+// The i-th byte of plane p goes to planes[p * stride + i]; `count` elements. `path` is one that
+// this CPU runs.
 void split_planes(Element element, const std::uint8_t* raw, std::size_t count, std::uint8_t* planes,
                   std::size_t stride, SimdPath path = best_simd_path());
 

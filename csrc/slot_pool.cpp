@@ -106,7 +106,7 @@ void SlotPool::grow() {
     changed_.wait(lock, [&] { return stopping_ || (ready_ < wanted_ && !exhausted_); });
     if (stopping_) return;
     const std::size_t slots =
-        std::min(std::max<std::size_t>(1, kRegionSize / slot_size_), max_slots_ - ready_);
+        std::min(std::max<std::size_t>(1, kRegionSize / slot_size_), wanted_ - ready_);
     const std::size_t size = slots * slot_size_;
     lock.unlock();
     void* mapped =

@@ -8,6 +8,7 @@ import glob
 import importlib.util
 import logging
 import os
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,7 @@ class Capture:
         self._keep: list[Leaf] = plan.keep
         self._job = job
         self._chunk_size = chunk_size
-        self.size = plan.stream
-        """Bytes of the stream."""
+        self._copied = threading.Event()
 
     def copy(self) -> None:
         """Return when the bytes have been read, or the job has failed; `write` tells a failure."""
@@ -106,6 +106,7 @@ class Capture:
             self._job.capture()
         finally:
             self._keep = []
+            self._copied.set()
 
     def write(
         self, directory: Path, *, step: int, sequence: int, metadata: dict[str, Any]
@@ -114,6 +115,8 @@ class Capture:
         them."""
         self._job.open_pack(str(directory / "0.pack"))
         self._job.wait_written()
+        # What follows holds the GIL, which the training thread needs to return from the capture.
+        self._copied.wait()
         chunks, size = self._job.finish()
         return Manifest(
             id=uuid.uuid4().hex,

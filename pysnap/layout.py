@@ -8,7 +8,7 @@ stream and are read once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,6 +22,8 @@ Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 Leaf: TypeAlias = "torch.Tensor | Array"
 
 _HOST = -1
+
+_Fingerprint: TypeAlias = "tuple[Any, ...]"
 
 # Every torch data type that has whole bytes, by name, and the element type of its bytes. A torch
 # that lacks one never shows it.
@@ -112,48 +114,65 @@ class Planner:
 
     def __init__(self, chunk_size: int) -> None:
         self._chunk_size = chunk_size
-        self._sources: list[_Source] = []
         self._plan: Plan | None = None
+        # Of the leaves of _plan; None where one had to be copied, for the copy is new every time.
+        self._fingerprints: list[_Fingerprint] | None = None
 
     def plan(self, leaves: list[tuple[str, Leaf]]) -> Plan:
-        """The plan for these (path, leaf) pairs. Raises StateError for a type or a device that
-        cannot be stored."""
-        keep: list[Leaf] = []
-        sources = [_source(path, leaf, keep) for path, leaf in leaves]
-        if self._plan is None or sources != self._sources:
-            self._plan = _lay_out(sources, self._chunk_size)
-            self._sources = sources
-        last = self._plan
-        return Plan(last.records, last.extents, last.spans, last.eager, last.stream, keep)
+        """The plan for these (path, leaf) pairs. Raises StateError for a type that cannot be
+        stored."""
+        fingerprints = [_fingerprint(leaf) for _, leaf in leaves]
+        if self._plan is not None and fingerprints == self._fingerprints:
+            return replace(self._plan, keep=[leaf for _, leaf in leaves])
+        contiguous = [(path, _contiguous(leaf)) for path, leaf in leaves]
+        sources = [_source(path, leaf) for path, leaf in contiguous]
+        plan = _lay_out(sources, self._chunk_size)
+        in_place = all(
+            source.address == fingerprint[0]
+            for source, fingerprint in zip(sources, fingerprints, strict=True)
+        )
+        self._plan = plan
+        self._fingerprints = fingerprints if in_place else None
+        return replace(plan, keep=[leaf for _, leaf in contiguous])
 
 
-def _source(path: str, leaf: Leaf, keep: list[Leaf]) -> _Source:
+def _fingerprint(leaf: Leaf) -> _Fingerprint:
+    """Equal for two leaves whose bytes lie at one place and mean the same."""
     if isinstance(leaf, np.ndarray):
-        array = np.ascontiguousarray(leaf)
-        keep.append(array)
-        record = Record(array.dtype.str, tuple(leaf.shape), 0)
+        return (leaf.__array_interface__["data"][0], leaf.shape, leaf.dtype.str, leaf.strides)
+    return (leaf.data_ptr(), leaf.shape, leaf.dtype, leaf.stride(), leaf.is_conj(), leaf.is_neg())
+
+
+def _contiguous(leaf: Leaf) -> Leaf:
+    """The leaf, or a copy where its elements do not fill one run of host memory."""
+    if isinstance(leaf, np.ndarray):
+        # Of an array without dimensions, ascontiguousarray makes one that has one.
+        array: Array = np.ascontiguousarray(leaf).reshape(leaf.shape)
+        return array
+    # The engine reads host memory; what lies elsewhere comes to it through pageable memory.
+    tensor = leaf.detach().resolve_conj().resolve_neg().cpu()
+    return tensor if is_dense(tensor) else tensor.contiguous()
+
+
+def _source(path: str, leaf: Leaf) -> _Source:
+    if isinstance(leaf, np.ndarray):
         return _Source(
-            array.__array_interface__["data"][0],
-            array.nbytes,
+            leaf.__array_interface__["data"][0],
+            leaf.nbytes,
             _HOST,
-            array_element(array.dtype),
-            record,
+            array_element(leaf.dtype),
+            Record(leaf.dtype.str, leaf.shape, 0),
         )
     name = dtype_name(leaf.dtype)
     if name not in TORCH_ELEMENTS:
         raise StateError(
             f'cannot store dtype {name} at "{path}"; convert the tensor to a type with whole bytes'
         )
-    # The engine reads host memory; what lies elsewhere comes to it through pageable memory.
-    tensor = leaf.detach().resolve_conj().resolve_neg().cpu()
-    if not is_dense(tensor):
-        tensor = tensor.contiguous()
-    keep.append(tensor)
-    strides = None if tensor.is_contiguous() else tuple(tensor.stride())
-    record = Record(name, tuple(tensor.shape), 0, strides)
+    strides = None if leaf.is_contiguous() else tuple(leaf.stride())
+    record = Record(name, tuple(leaf.shape), 0, strides)
     return _Source(
-        tensor.data_ptr(),
-        tensor.numel() * tensor.element_size(),
+        leaf.data_ptr(),
+        leaf.numel() * leaf.element_size(),
         _HOST,
         TORCH_ELEMENTS[name],
         record,

@@ -17,7 +17,24 @@
 #include "error.h"
 #include "zstd.h"
 
+#if defined(__has_feature)
+#define PYSNAP_HAS_FEATURE(name) __has_feature(name)
+#else
+#define PYSNAP_HAS_FEATURE(name) 0
+#endif
+
 namespace fixture {
+
+#if defined(__SANITIZE_ADDRESS__) || PYSNAP_HAS_FEATURE(address_sanitizer)
+constexpr bool kAddressSanitizer = true;
+#else
+constexpr bool kAddressSanitizer = false;
+#endif
+#if defined(__SANITIZE_THREAD__) || PYSNAP_HAS_FEATURE(thread_sanitizer)
+constexpr bool kThreadSanitizer = true;
+#else
+constexpr bool kThreadSanitizer = false;
+#endif
 
 using Bytes = std::vector<std::uint8_t>;
 
