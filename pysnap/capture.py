@@ -56,10 +56,12 @@ class Stager:
         )
         self._planner = Planner(config.chunk_size)
 
-    def reserve(self, size: int) -> None:
-        """Have staging memory for a state of `size` bytes made ready in the background, as far
-        as the bound allows."""
-        self._engine.reserve(size)
+    def prepare(self, state: object, *, growth: int) -> None:
+        """Plan the capture of `state`, and have staging memory for it and `growth` more bytes made
+        ready in the background, as far as the bound allows. Raises StateError for what cannot be
+        stored."""
+        _, plan = self._plan(state)
+        self._engine.reserve(plan.stream + growth)
 
     def wait_reserved(self) -> None:
         """Block until that memory is ready."""
@@ -68,6 +70,15 @@ class Stager:
     def begin(self, state: object) -> Capture:
         """Plan the capture of `state`. Nothing is copied yet. Raises StateError for what cannot
         be stored."""
+        encoded, plan = self._plan(state)
+        job = self._engine.begin(plan.extents, plan.spans, plan.eager)
+        return Capture(encoded, plan, job, self._chunk_size)
+
+    def close(self) -> None:
+        """Abort what is in flight and join the threads; safe to repeat."""
+        self._engine.close()
+
+    def _plan(self, state: object) -> tuple[tree.Json, Plan]:
         leaves: list[tuple[str, Leaf]] = []
 
         def put(path: str, leaf: Leaf) -> int:
@@ -75,17 +86,7 @@ class Stager:
             return len(leaves) - 1
 
         encoded = tree.encode(state, put)
-        plan = self._planner.plan(leaves)
-        return Capture(
-            encoded,
-            plan,
-            self._engine.begin(plan.extents, plan.spans, plan.eager),
-            self._chunk_size,
-        )
-
-    def close(self) -> None:
-        """Abort what is in flight and join the threads; safe to repeat."""
-        self._engine.close()
+        return encoded, self._planner.plan(leaves)
 
 
 class Capture:

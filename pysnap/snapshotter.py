@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pysnap import rng, tree
+from pysnap import rng
 from pysnap._version import __version__
 from pysnap.cadence import Cadence
 from pysnap.capture import Capture, Stager
@@ -30,7 +30,6 @@ from pysnap.errors import (
     MismatchError,
     StorageError,
 )
-from pysnap.layout import Leaf
 from pysnap.parts import as_part, load_parts
 from pysnap.repository import Repository, Snapshot, list_snapshots
 from pysnap.retention import Keep
@@ -96,17 +95,17 @@ class Snapshotter:
         source = config.sources["every"]
         self._cadence = Cadence.parse(config.every, "every" if source == "argument" else source)
         self._parts = {name: as_part(name, value) for name, value in parts.items()}
-        size = self._estimate()
         self._raises = config.on_error == "raise"
         self._metadata = metadata or {}
         self._owner = os.getpid()
-        self._repository = Repository(Path(path))
+        self.progress = Progress()
+        self._stager = Stager(config)
         try:
-            self._stager = Stager(config)
+            self._stager.prepare(self._state(), growth=self._growth())
+            self._repository = Repository(Path(path))
         except BaseException:
-            self._repository.close()
+            self._stager.close()
             raise
-        self._stager.reserve(size)
         self._committer = Committer(self._repository, keep or Keep(), on_durable)
         # For a Snapshotter that is dropped, and for the end of the interpreter, before modules are
         # torn down and after the committing thread, which is no daemon, has ended.
@@ -114,7 +113,6 @@ class Snapshotter:
             self, _release, self._committer, self._stager, self._repository, self._owner
         )
 
-        self.progress = Progress()
         self._step = _Step(self)
         self._resumed = False
         self._pending = False  # due, but another is in flight
@@ -228,25 +226,24 @@ class Snapshotter:
         if not self._finalizer.alive:
             raise ClosedError("this Snapshotter is closed")
 
-    def _estimate(self) -> int:
-        """Bytes of a snapshot, with what a fresh optimizer will have: at most two tensors for each
-        parameter in the common ones of torch.optim."""
-        size = 0
-        for name, part in self._parts.items():
-            found: list[Leaf] = []
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts.items()}
+        state["progress"] = asdict(self.progress)
+        # Last: a state_dict may draw.
+        state["rng"] = rng.capture()
+        return state
 
-            def put(_path: str, leaf: Leaf, found: list[Leaf] = found) -> int:
-                found.append(leaf)
-                return len(found) - 1
-
-            tree.encode({name: part.state_dict()}, put)
-            size += sum(leaf.nbytes for leaf in found)
-            if isinstance(part, torch.optim.Optimizer) and not found:
-                groups = part.param_groups
-                size += sum(
-                    2 * parameter.nbytes for group in groups for parameter in group["params"]
-                )
-        return size
+    def _growth(self) -> int:
+        """Bytes that fresh optimizers will add: two tensors for each parameter at most, in the
+        common ones of torch.optim."""
+        parameters = [
+            parameter
+            for part in self._parts.values()
+            if isinstance(part, torch.optim.Optimizer) and not part.state
+            for group in part.param_groups
+            for parameter in group["params"]
+        ]
+        return sum(2 * parameter.nbytes for parameter in parameters)
 
     def _finish_step(self) -> None:
         self._check_open()
@@ -288,11 +285,7 @@ class Snapshotter:
         return handle
 
     def _begin(self) -> Capture:
-        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts.items()}
-        # Last: a state_dict may draw.
-        state["progress"] = asdict(self.progress)
-        state["rng"] = rng.capture()
-        return self._stager.begin(state)
+        return self._stager.begin(self._state())
 
     def _describe(self) -> dict[str, Any]:
         return {
