@@ -19,8 +19,9 @@ def save(
     """Write `state`, nested values of the closed set of types with tensors, as one snapshot
     directory `path`, which must not exist.
 
-    Returns when it is durable. Raises StateError for what cannot be stored and StorageError
-    where the disk refuses; then there is no `path`.
+    Returns when it is durable. Raises StateError for what cannot be stored and StorageError where
+    the disk refuses; then there is no `path`. A process that is killed meanwhile leaves a
+    `.partial-` directory beside `path`, which may be removed.
     """
     target = Path(path).absolute()
     if os.path.lexists(target):

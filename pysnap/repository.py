@@ -166,9 +166,6 @@ class Repository:
     def commit(self, partial: Path, manifest: Manifest) -> Snapshot:
         """Make `partial`, whose packs are durable, the visible and durable snapshot of its step."""
         snapshot = publish(partial, manifest, self._free_name(manifest.step))
-        for older in self.list().snapshots:
-            if older.step == manifest.step and older.manifest.sequence < manifest.sequence:
-                self.delete(older.path)
         with contextlib.suppress(StorageError):
             storage.replace_link(self.root / _LATEST, snapshot.path.name)
         return snapshot

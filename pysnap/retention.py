@@ -23,8 +23,12 @@ class Keep:
 
 
 def removable(snapshots: Sequence[Snapshot], keep: Keep) -> list[Snapshot]:
-    """The snapshots, given newest first, that `keep` does not keep; never the newest. Oldest
-    first: the order to remove them in."""
-    if keep.last is None:
-        return []
-    return list(reversed(snapshots[keep.last :]))
+    """The snapshots, given newest first, that are not to be kept; never the newest.
+
+    A step that was taken again replaces the older snapshot of that step; of the others, `keep`
+    decides. Oldest first: the order to remove them in.
+    """
+    newest_of_step = {snapshot.step: snapshot for snapshot in reversed(snapshots)}
+    current = [snapshot for snapshot in snapshots if newest_of_step[snapshot.step] is snapshot]
+    kept = current if keep.last is None else current[: keep.last]
+    return [snapshot for snapshot in reversed(snapshots) if snapshot not in kept]

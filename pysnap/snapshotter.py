@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -24,6 +25,7 @@ from pysnap.commit import Committer, Handle, SnapshotInfo, Stats
 from pysnap.config import Config
 from pysnap.errors import (
     ClosedError,
+    ConfigError,
     CorruptError,
     Error,
     FormatError,
@@ -35,6 +37,8 @@ from pysnap.repository import Repository, Snapshot, list_snapshots
 from pysnap.retention import Keep
 
 _log = logging.getLogger("pysnap")
+
+_OVERWRITTEN = "a damaged snapshot was read: live objects may be partly overwritten"
 
 
 @dataclass
@@ -96,7 +100,7 @@ class Snapshotter:
         self._cadence = Cadence.parse(config.every, "every" if source == "argument" else source)
         self._parts = {name: as_part(name, value) for name, value in parts.items()}
         self._raises = config.on_error == "raise"
-        self._metadata = metadata or {}
+        self._metadata = _plain_json(metadata or {})
         self._owner = os.getpid()
         self.progress = Progress()
         self._stager = Stager(config)
@@ -162,11 +166,15 @@ class Snapshotter:
                 skipped.append(f"{snapshot.path.name}: {error}")
                 _log.warning("skipping a damaged snapshot: %s", error)
                 continue
+            except MismatchError as error:
+                if touched:
+                    raise MismatchError(f"{error}\nbut before it, {_OVERWRITTEN}") from None
+                raise
             self._resumed = True
             _log.info("resumed from %s at step %d", snapshot.path, snapshot.step)
             return snapshot
         if skipped:
-            effect = "live objects were partly overwritten" if touched else "nothing was changed"
+            effect = _OVERWRITTEN if touched else "nothing was changed"
             raise CorruptError(
                 f"{self._repository.root} holds snapshots, but none is intact ({effect}): "
                 + "; ".join(skipped)
@@ -340,6 +348,15 @@ class _Step:
         snapshotter = self._snapshotter()
         if kind is None and snapshotter is not None:
             snapshotter._finish_step()
+
+
+def _plain_json(metadata: dict[str, Any]) -> dict[str, Any]:
+    """A copy, as the manifest will hold it; refused here rather than in the background."""
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(metadata, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"metadata must be plain JSON: {error}") from None
+    return copy
 
 
 def _release(committer: Committer, stager: Stager, repository: Repository, owner: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Run, assert_same
+from support import Run, assert_same, flip
 
 import pysnap
 from pysnap import reader
@@ -174,6 +174,27 @@ def test_a_damaged_newest_snapshot_is_skipped_with_a_warning(
         "step-000000005" in record.message and record.levelname == "WARNING"
         for record in caplog.records
     )
+
+
+def test_errors_after_a_damaged_snapshot_tell_that_objects_were_touched(tmp_path: Path) -> None:
+    values, model = {"x": torch.arange(10.0)}, torch.nn.Linear(2, 2)
+    with pysnap.Snapshotter(tmp_path, values=values, keep=pysnap.Keep(last=None)) as snapshotter:
+        snapshotter.save().wait()
+    with pysnap.Snapshotter(tmp_path, values=values, model=model) as snapshotter:
+        snapshotter.progress.step = 5
+        snapshotter.save().wait()
+    flip(tmp_path / "step-000000005" / "0.pack", 3)
+    # The newest is damaged, and the one before it was taken without the model.
+    message = mismatch(tmp_path, values=values, model=model)
+    assert "model" in message and "partly overwritten" in message
+
+    flip(tmp_path / "step-000000000" / "0.pack", 3)
+    with (
+        pysnap.Snapshotter(tmp_path, values=values) as snapshotter,
+        pytest.raises(pysnap.CorruptError, match="partly overwritten"),
+    ):
+        (tmp_path / "step-000000005").rename(tmp_path.parent / "elsewhere")
+        snapshotter.resume()
 
 
 def test_snapshots_that_exist_but_are_unusable_never_mean_a_fresh_start(tmp_path: Path) -> None:

@@ -311,6 +311,7 @@ def test_a_full_disk_fails_one_snapshot_loses_none_and_the_next_works(tmp_path: 
         ({"codec": "gzip"}, "codec"),
         ({"model": 5}, "model"),
         ({"rng": {}}, "rng"),
+        ({"metadata": {"a": print}}, "metadata"),
     ],
 )
 def test_bad_arguments_are_refused_at_the_door(
@@ -345,6 +346,19 @@ def test_a_file_where_the_repository_should_be(tmp_path: Path) -> None:
     with pytest.raises(pysnap.StorageError, match="run"):
         pysnap.Snapshotter(tmp_path / "run", values={"a": 1})
     assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_snapshot_that_cannot_be_removed_does_not_fail_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(_: repository.Repository, path: Path) -> None:
+        raise pysnap.StorageError(errno.EPERM, f"renaming {path} failed", str(path))
+
+    monkeypatch.setattr(repository.Repository, "delete", refused)
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, keep=pysnap.Keep(last=1)) as snapshotter:
+        snapshotter.save().wait()
+        assert snapshotter.save().wait().path.name == "step-000000000.1"
+    assert "could not be removed" in caplog.text and snapshotter.stats().failed == 0
 
 
 def test_a_directory_with_other_files_is_not_taken_over(tmp_path: Path) -> None:
