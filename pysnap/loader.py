@@ -58,7 +58,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -360,6 +360,7 @@ class _Batches(Iterator[Any]):
         self._epoch: _Epoch | None = epoch  # None: ended
         self._batches = batches
         self._entered = False
+        self._began = next(_moments)
 
     def __next__(self) -> Any:
         try:
@@ -377,10 +378,18 @@ class _Batches(Iterator[Any]):
 
     def encloses(self, other: ResumableLoader) -> bool:
         """Whether a loop over `other` that begins now begins inside the loop over this one."""
-        # Not yet entered are the others of zip(a, b), which run side by side.
-        return self._owner is not other and self._epoch is not None and self._entered
+        # Not yet entered are the others of zip(a, b), which run side by side. One that began before
+        # the epoch of the other was left by a `break`, and somebody still holds it.
+        return (
+            self._owner is not other
+            and self._epoch is not None
+            and self._entered
+            and self._began > other._declared_at
+        )
 
 
+# Numbers what happens to loaders, in order.
+_moments = count()
 # The iterators in use. It keeps none alive: one that a `break` abandons is gone from it.
 _in_use: weakref.WeakSet[_Batches] = weakref.WeakSet()
 _in_use_lock = threading.Lock()
@@ -405,6 +414,7 @@ class ResumableLoader:
         self._rest: _Position | None = None  # loaded, and not gone on with yet
         self._empty_rest = False
         self._declared = False
+        self._declared_at = next(_moments)
         self._workers: Any = None  # the iterator that owns the persistent workers
         self._had_workers = False  # in the run whose state was loaded
 
@@ -464,6 +474,7 @@ class ResumableLoader:
         An iterator that is still in use is not disturbed: its next batch is the position again.
         """
         self._declared = True
+        self._declared_at = next(_moments)
         self._phase = _IDLE
         self._rest = None
         self._empty_rest = False
@@ -507,6 +518,7 @@ class ResumableLoader:
 
         _write(_owned_sources(self.loader), generators)
         self._declared = declared
+        self._declared_at = next(_moments)
         self._had_workers = workers
         self._phase = phase
         self._rest = rest

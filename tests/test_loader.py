@@ -1131,3 +1131,17 @@ def test_another_state_is_refused_by_a_stateful_loader() -> None:
     for state in ({}, {"format": 1}, seven):
         with pytest.raises(MismatchError):
             part.load_state_dict(state)  # type: ignore[arg-type]  # not a state
+
+
+def test_an_iterator_that_a_break_left_and_somebody_holds_encloses_nothing() -> None:
+    """An epoch was repeated after a resume: a held iterator of another loader looked like a loop
+    around it."""
+    other, loader = resumable(DataLoader(Ids())), resumable(DataLoader(Ids(), batch_size=2))
+    held = iter(other)
+    next(held)
+    loader.begin_epoch()
+    assert len(list(loader)) == 4
+    resumed = resumable(DataLoader(Ids(), batch_size=2))
+    resumed.load_state_dict(loader.state_dict())
+    assert list(resumed) == []
+    assert next(held) is not None
