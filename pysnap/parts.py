@@ -10,7 +10,7 @@ import torch
 
 from pysnap import tree
 from pysnap.errors import ConfigError, CorruptError, MismatchError
-from pysnap.layout import Leaf
+from pysnap.layout import Leaf, dtype_name
 from pysnap.loader import as_part as as_loader_part
 from pysnap.manifest import Record
 from pysnap.repository import Snapshot
@@ -103,17 +103,19 @@ def load_parts(snapshot: Snapshot, parts: dict[str, Stateful]) -> dict[str, Any]
 
 
 def _leaves_of(state: object) -> dict[str, Leaf]:
-    found: list[Leaf] = []
+    found: dict[str, Leaf] = {}
 
     def put(path: str, leaf: Leaf) -> int:
-        found.append(leaf)
+        found[path] = leaf
         return len(found) - 1
 
-    return {path: found[index] for path, index in tree.leaves(tree.encode(state, put))}
+    tree.encode(state, put)
+    return found
 
 
 def _fits(leaf: Leaf, record: Record) -> bool:
-    return describe(leaf) == describe(record)
+    name = leaf.dtype.str if isinstance(leaf, np.ndarray) else dtype_name(leaf.dtype)
+    return name == record.dtype and leaf.shape == record.shape
 
 
 def _places(
@@ -168,7 +170,7 @@ def _compare_tensors(
     for path in [*live, *(path for path in saved if path not in live)]:
         leaf = live.get(path)
         record = snapshot.manifest.tensors[saved[path]] if path in saved else None
-        if describe(leaf) != describe(record):
+        if leaf is None or record is None or not _fits(leaf, record):
             differences.append((tree.join(name, path), describe(leaf), describe(record)))
     return differences
 
