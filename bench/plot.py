@@ -66,7 +66,7 @@ def draw(results: Results, path: Path) -> None:
     )
     _bars(
         restore,
-        "restore into existing tensors, page cache warm, s",
+        "restore into live tensors, cache warm, s",
         {
             name: result["warm"]
             for name, result in (results["restores"] or {"times": {}})["times"].items()
