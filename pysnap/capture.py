@@ -106,8 +106,8 @@ class Capture:
         try:
             self._job.capture()
         finally:
-            self._keep = []
             self._copied.set()
+            self._keep = []
 
     def write(
         self, directory: Path, *, step: int, sequence: int, metadata: dict[str, Any]
@@ -134,4 +134,5 @@ class Capture:
 
     def abort(self) -> None:
         """Give up; safe at any time."""
+        self._copied.set()
         self._job.abort()

@@ -57,6 +57,7 @@ class Handle:
         self._done = threading.Event()  # set after _error or _info
         self._error: BaseException | None = None
         self._info: SnapshotInfo | None = None
+        self._told = False  # whether the failure has been raised
 
     def done(self) -> bool:
         """Whether it is durable or has failed."""
@@ -75,10 +76,11 @@ class Handle:
         assert self._info is not None
         return self._info
 
-    @property
-    def failure(self) -> BaseException | None:
-        """Why it failed; None while it is in flight or where it is durable."""
-        return self._error if self.done() else None
+    def raise_failure(self) -> None:
+        """Raise the failure of a snapshot that is done, unless it has been raised before."""
+        if self.done() and self._error is not None and not self._told:
+            self._told = True
+            raise self._error
 
 
 class Committer:
@@ -94,7 +96,7 @@ class Committer:
         self._repository = repository
         self._keep = keep
         self._on_durable = on_durable
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []  # the last may still tell on_durable
         self.newest: Handle | None = None
         """The snapshot that was asked for last."""
         self._lock = threading.Lock()
@@ -111,38 +113,38 @@ class Committer:
         an exception of somebody's `state_dict`.
         """
         self.newest = handle
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        capture: Capture | None = None
+        thread: threading.Thread | None = None
+        starting = False
+        # Ctrl-C may come at any line of this: whatever waits for the capture must be told.
         try:
             capture = begin()
+            thread = threading.Thread(
+                target=self._run, args=(handle, capture, metadata), name="pysnap-commit"
+            )
+            starting = True
+            self._start(thread)
+            starting = False
+            capture.copy()
         except BaseException as error:
-            self._fail(handle, error)
-            if isinstance(error, Error):
-                return
-            raise
-        # No daemon: the interpreter waits for it at exit, so that the snapshot becomes durable.
-        self._thread = threading.Thread(
-            target=self._run, args=(handle, capture, metadata), name="pysnap-commit", daemon=False
-        )
-        try:
-            if self._start(handle):
-                capture.copy()
-            else:
+            if capture is not None:
                 capture.abort()
-        except BaseException:
-            # Ctrl-C, in the capture or before it: the committing thread must not wait for ever.
-            capture.abort()
-            raise
+            if thread is None or thread.ident is None:
+                self._fail(handle, error)
+            no_thread = starting and isinstance(error, RuntimeError)
+            if not (isinstance(error, Error) or no_thread):
+                handle._told = True
+                raise
         finally:
             handle._stall = time.monotonic() - handle._start
             handle._staged.set()
 
-    def _start(self, handle: Handle) -> bool:
-        assert self._thread is not None
-        try:
-            self._thread.start()
-        except RuntimeError as error:  # the system starts no more threads
-            self._thread = None
-            self._fail(handle, error)
-        return self._thread is not None
+    def _start(self, thread: threading.Thread) -> None:
+        # No daemon: the interpreter waits for it at exit, so that the snapshot becomes durable.
+        thread.daemon = False
+        thread.start()
+        self._threads.append(thread)
 
     def wait_idle(self) -> None:
         """Wait until the snapshot in flight is durable or has failed."""
@@ -151,9 +153,10 @@ class Committer:
 
     def close(self) -> None:
         """Wait until the last snapshot is done and told."""
-        # A Snapshotter in a reference cycle may be collected by the committing thread itself.
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        for thread in self._threads:
+            # A Snapshotter in a reference cycle may be collected by the committing thread itself.
+            if thread is not threading.current_thread():
+                thread.join()
 
     def count_late(self) -> None:
         """A snapshot was due while another was in flight."""
@@ -171,10 +174,12 @@ class Committer:
         except BaseException as error:
             self._fail(handle, error)
             return
-        info = self._describe(handle, snapshot)
-        self._retain()
-        handle._info = info
-        handle._done.set()
+        try:
+            handle._info = info = self._describe(handle, snapshot)
+            self._retain()
+        finally:
+            handle._staged.set()
+            handle._done.set()
         if self._on_durable is not None:
             try:
                 self._on_durable(info)
@@ -195,12 +200,13 @@ class Committer:
             raise
 
     def _describe(self, handle: Handle, snapshot: Snapshot) -> SnapshotInfo:
-        handle._staged.wait()
+        now = time.monotonic() - handle._start
         info = SnapshotInfo(
             path=snapshot.path,
             step=handle.step,
-            stall_seconds=handle._stall,
-            durable_seconds=time.monotonic() - handle._start,
+            # The training thread may be on its way out of the capture.
+            stall_seconds=handle._stall if handle._staged.is_set() else now,
+            durable_seconds=now,
             raw_bytes=snapshot.manifest.stream,
             stored_bytes=snapshot.manifest.stored,
         )
@@ -217,13 +223,15 @@ class Committer:
         try:
             for snapshot in removable(self._repository.list().snapshots, self._keep):
                 self._repository.delete(snapshot.path)
-        except Error as error:
+        except Exception as error:
             _log.error("old snapshots could not be removed: %s", error)
 
     def _fail(self, handle: Handle, error: BaseException) -> None:
         handle._error = error
         with self._lock:
             self._stats.failed += 1
-        _log.error("the snapshot of step %d failed: %s", handle.step, error)
-        handle._staged.set()
-        handle._done.set()
+        try:
+            _log.error("the snapshot of step %d failed: %s", handle.step, error)
+        finally:
+            handle._staged.set()
+            handle._done.set()

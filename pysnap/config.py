@@ -20,6 +20,7 @@ _UNITS = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 _PAGE = 4096
+_MOST_THREADS = 1024
 _LARGEST_CHUNK = 64 * 2**20
 
 
@@ -226,6 +227,9 @@ class Config:
                 refuse(name, "a whole number that is not negative")
         if self.chunk_size == 0 or self.chunk_size % _PAGE or self.chunk_size > _LARGEST_CHUNK:
             refuse("chunk_size", "a multiple of 4KiB, at most 64MiB")
+        for name in ("workers", "copy_threads"):
+            if getattr(self, name) > _MOST_THREADS:
+                refuse(name, f"at most {_MOST_THREADS}")
         if self.nice > 19:
             refuse("nice", "between 0 and 19")
         if self.host_memory is not None and (

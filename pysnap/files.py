@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,14 @@ from typing import Any
 from pysnap.capture import Stager
 from pysnap.config import Config
 from pysnap.errors import CorruptError, Error, FormatError, NotFoundError, StorageError
+from pysnap.manifest import plain_json
 from pysnap.repository import Snapshot, discard, is_snapshot, list_snapshots, new_partial, publish
 from pysnap.restore import load_state
+
+_log = logging.getLogger("pysnap")
+
+# A reader lists again when the writer removed what was listed; more often than this is no accident.
+_ATTEMPTS = 10
 
 
 def save(
@@ -23,6 +30,7 @@ def save(
     the disk refuses; then there is no `path`. A process that is killed meanwhile leaves a
     `.partial-` directory beside `path`, which may be removed.
     """
+    described = plain_json(metadata or {})
     target = Path(path).absolute()
     if os.path.lexists(target):
         raise StorageError(17, f"{target} exists; choose a new name", str(target))
@@ -30,7 +38,7 @@ def save(
     try:
         partial = new_partial(target.parent)
         try:
-            return _write(stager, state, partial, target, metadata or {})
+            return _write(stager, state, partial, target, described)
         except BaseException:
             discard(partial)
             raise
@@ -48,21 +56,32 @@ def load(path: str | os.PathLike[str]) -> Any:
     root = Path(path)
     if is_snapshot(root):
         return load_state(Snapshot.open(root))
-    listing = list_snapshots(root)
-    failures: list[Error] = [error for _, error in listing.damaged]
-    for error in failures:
-        if isinstance(error, FormatError):
-            raise error
-    for snapshot in listing.snapshots:
-        try:
-            return load_state(snapshot)
-        except (CorruptError, StorageError) as error:
-            failures.append(error)
+    for _ in range(_ATTEMPTS):
+        listing = list_snapshots(root)
+        failures: list[Error] = []
+        for path_, error in listing.damaged:
+            if isinstance(error, FormatError):
+                raise error
+            failures.append(_skipped(path_, error))
+        for snapshot in listing.snapshots:
+            try:
+                return load_state(snapshot)
+            except (CorruptError, StorageError) as error:
+                # The writer's retention may have removed it since it was listed.
+                if os.path.lexists(snapshot.path):
+                    failures.append(_skipped(snapshot.path, error))
+        if len(failures) == len(listing.damaged) + len(listing.snapshots):
+            break
     if failures:
         raise CorruptError(
             f"{root} holds snapshots, but none is intact: " + "; ".join(map(str, failures))
         )
     raise NotFoundError(f"{root} holds no snapshot")
+
+
+def _skipped(path: Path, error: Error) -> Error:
+    _log.warning("skipping a damaged snapshot, %s: %s", path.name, error)
+    return error
 
 
 def _write(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pysnap import _engine
-from pysnap.errors import CorruptError, FormatError, StateError
+from pysnap.errors import ConfigError, CorruptError, FormatError
 
 FORMAT = 1
 ELEMENTS = ("u8", "i16", "i32", "i64", "f16", "f32", "f64")
@@ -79,12 +79,9 @@ class Manifest:
             "tensors": [_record_to_json(record) for record in self.tensors],
             "chunks": [_chunk_to_json(row) for row in self.chunks.tolist()],
         }
-        try:
-            body = json.dumps(
-                snapshot, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-            ).encode()
-        except (TypeError, ValueError) as error:
-            raise StateError(f"the metadata of a snapshot must be plain JSON: {error}") from None
+        body = json.dumps(
+            snapshot, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+        ).encode()
         return _PREFIX + _engine.digest(body).encode() + _MIDDLE + body + _SUFFIX
 
     @classmethod
@@ -113,6 +110,18 @@ class Manifest:
             return _Parser(snapshot).manifest()
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise CorruptError(f"{where} is not valid: {error}") from None
+
+
+def plain_json(metadata: object) -> dict[str, Any]:
+    """A copy of `metadata` as a manifest holds it. ConfigError for what is no JSON object."""
+    try:
+        text = json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"metadata must be plain JSON: {error}") from None
+    copy = json.loads(text)
+    if type(copy) is not dict:
+        raise ConfigError(f"metadata must be a dict, not a {type(metadata).__qualname__}")
+    return copy
 
 
 def _record_to_json(record: Record) -> dict[str, Any]:

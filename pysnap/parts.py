@@ -34,9 +34,9 @@ class Stateful(Protocol):
 
 
 class _Container:
-    """A plain dict, list, tensor or array as a part: its content is replaced in place."""
+    """A dict, list, generator, tensor or array as a part: its content is replaced in place."""
 
-    def __init__(self, value: dict[Any, Any] | list[Any] | Leaf) -> None:
+    def __init__(self, value: dict[Any, Any] | list[Any] | torch.Generator | Leaf) -> None:
         self._value = value
 
     def state_dict(self) -> Any:
@@ -44,17 +44,31 @@ class _Container:
 
     def load_state_dict(self, state: Any, /) -> None:
         value = self._value
-        if isinstance(value, dict):
-            state = dict(state)
-            value.clear()
-            value.update(state)
-        elif isinstance(value, list):
-            value[:] = list(state)
+        if isinstance(value, (dict, list, torch.Generator)):
+            _adopt(value, state)
         elif isinstance(value, torch.Tensor):
             with torch.no_grad():
                 value.copy_(state)
         else:
             value[...] = state
+
+
+def _adopt(live: Any, saved: Any) -> Any:
+    """`saved`, as the live object where that can become it: the program holds generators and nested
+    containers by reference."""
+    if isinstance(live, torch.Generator) and isinstance(saved, torch.Generator):
+        live.set_state(saved.get_state())
+        return live
+    if type(live) is dict and type(saved) is dict:
+        adopted = {key: _adopt(live.get(key), item) for key, item in saved.items()}
+        live.clear()
+        live.update(adopted)
+        return live
+    if type(live) is list and type(saved) is list:
+        before = live + [None] * len(saved)
+        live[:] = [_adopt(old, item) for old, item in zip(before, saved, strict=False)]
+        return live
+    return saved
 
 
 def as_part(name: str, value: object) -> Stateful:
@@ -63,10 +77,10 @@ def as_part(name: str, value: object) -> Stateful:
         raise ConfigError(
             f"{name!r} is a name of pysnap's own; register the object under another keyword"
         )
-    if isinstance(value, Stateful):
+    if isinstance(value, Stateful) and not isinstance(value, type):
         adapted: Stateful = as_loader_part(value)
         return adapted
-    if isinstance(value, (dict, list, torch.Tensor, np.ndarray)):
+    if isinstance(value, (dict, list, torch.Generator, torch.Tensor, np.ndarray)):
         return _Container(value)
     raise ConfigError(
         f"{name} is a {type(value).__qualname__}, which has no state_dict and load_state_dict and "
@@ -84,6 +98,12 @@ def load_parts(snapshot: Snapshot, parts: dict[str, Stateful]) -> dict[str, Any]
     saved_tree = snapshot.manifest.tree
     if not isinstance(saved_tree, dict):
         raise MismatchError(f"{snapshot.path} holds no registered parts; read it with pysnap.load")
+    absent = [name for name in RESERVED if name not in saved_tree]
+    if absent:
+        raise MismatchError(
+            f"{snapshot.path} was not taken by a Snapshotter (it lacks {absent[0]}); "
+            "read it with pysnap.load"
+        )
     live = {name: _leaves_of(part.state_dict()) for name, part in parts.items()}
     saved = {name: dict(tree.leaves(node)) for name, node in saved_tree.items()}
     _compare(snapshot, parts, live, saved)
@@ -118,6 +138,14 @@ def _fits(leaf: Leaf, record: Record) -> bool:
     return name == record.dtype and leaf.shape == record.shape
 
 
+def _is_writable(leaf: Leaf) -> bool:
+    """Whether each element has a place of its own that may be written; `load_state_dict` is given a
+    new leaf otherwise."""
+    if isinstance(leaf, np.ndarray):
+        return bool(leaf.flags.c_contiguous and leaf.flags.writeable)
+    return all(stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True) if size > 1)
+
+
 def _places(
     snapshot: Snapshot, live: dict[str, dict[str, Leaf]], saved: dict[str, dict[str, int]]
 ) -> dict[int, Leaf]:
@@ -129,6 +157,7 @@ def _places(
         if name in live
         and path in live[name]
         and _fits(live[name][path], snapshot.manifest.tensors[index])
+        and _is_writable(live[name][path])
     }
 
 

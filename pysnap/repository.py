@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import os
 import re
 import uuid
 from collections.abc import Mapping
@@ -19,12 +21,16 @@ from pysnap import storage
 from pysnap.errors import CorruptError, Error, FormatError, NotFoundError, StorageError
 from pysnap.manifest import FORMAT, Manifest
 
+_log = logging.getLogger("pysnap")
+
 _HEADER = ".pysnap"
 _LOCK = ".writer"
 _MANIFEST = "manifest.json"
 _LATEST = "latest"
 _PARTIAL = ".partial-"
 _TRASH = ".trash-"
+_NEW_HEADER = ".pysnap-"
+_NEW_LATEST = ".latest-"
 _SNAPSHOT_NAME = re.compile(r"step-(\d{9,18})(?:\.(\d{1,9}))?", re.ASCII)
 _LARGEST_HEADER = 4096
 _LARGEST_MANIFEST = 2**30
@@ -71,7 +77,7 @@ class Listing:
 
 def is_snapshot(path: Path) -> bool:
     """Whether a directory is one snapshot (rather than a repository of them)."""
-    return (path / _MANIFEST).exists()
+    return os.path.lexists(path / _MANIFEST)
 
 
 def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType({})) -> Listing:
@@ -91,7 +97,7 @@ def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType
             snapshots.append(known.get(path) or Snapshot.open(path))
         except (CorruptError, FormatError, NotFoundError, StorageError) as error:
             # The writer may have deleted it since the directory was listed.
-            if path.exists():
+            if os.path.lexists(path):
                 damaged.append((path, error))
     snapshots.sort(key=lambda snapshot: snapshot.manifest.sequence, reverse=True)
     return Listing(snapshots, damaged)
@@ -136,15 +142,14 @@ class Repository:
         Raises BusyError, FormatError, or StorageError (an unwritable path, a file where the
         directory should be).
         """
-        self.root = root
+        # Absolute: a program may change its directory.
+        self.root = root = root.absolute()
         _make_root(root)
         self._lock = storage.WriterLock(root / _LOCK)
         try:
             _make_header(root)
             _check_header(root)
-            for name in storage.list_directory(root):
-                if name.startswith((_PARTIAL, _TRASH)):
-                    storage.remove_directory(root / name)
+            self._remove_leftovers()
             listing = list_snapshots(root)
         except BaseException:
             self.close()
@@ -166,6 +171,7 @@ class Repository:
     def commit(self, partial: Path, manifest: Manifest) -> Snapshot:
         """Make `partial`, whose packs are durable, the visible and durable snapshot of its step."""
         snapshot = publish(partial, manifest, self._free_name(manifest.step))
+        self._known[snapshot.path] = snapshot
         with contextlib.suppress(StorageError):
             storage.replace_link(self.root / _LATEST, snapshot.path.name)
         return snapshot
@@ -180,12 +186,24 @@ class Repository:
         """Remove a snapshot: it disappears at once and whole."""
         trash = self.root / f"{_TRASH}{uuid.uuid4().hex}"
         storage.rename(path, trash)
+        self._known.pop(path, None)
         storage.sync_directory(self.root)
         storage.remove_directory(trash)
 
     def close(self) -> None:
         """Give the writer lock back; safe to repeat."""
         self._lock.release()
+
+    def _remove_leftovers(self) -> None:
+        for name in storage.list_directory(self.root):
+            try:
+                if name.startswith((_PARTIAL, _TRASH)):
+                    storage.remove_directory(self.root / name)
+                elif name.startswith((_NEW_HEADER, _NEW_LATEST)):
+                    storage.remove_file(self.root / name)
+            except StorageError as error:
+                # Somebody else's file in it is no reason not to train.
+                _log.warning("what a killed writer left stays: %s", error)
 
     def _free_name(self, step: int) -> Path:
         name = f"step-{step:09d}"
@@ -200,12 +218,15 @@ class Repository:
 
 
 def _make_root(root: Path) -> None:
-    if (root / _HEADER).exists():
+    if os.path.lexists(root / _HEADER):
         return
+    missing = [path for path in (root, *root.parents) if not os.path.lexists(path)]
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError.wrap(error, f"creating repository {root}", root) from error
+    for path in missing:
+        storage.sync_directory(path.parent)
     # Hidden names may be ours: another process may be making the same repository.
     others = [name for name in storage.list_directory(root) if not name.startswith(".")]
     if others:
@@ -216,14 +237,13 @@ def _make_root(root: Path) -> None:
 
 
 def _make_header(root: Path) -> None:
-    if (root / _HEADER).exists():
+    if os.path.lexists(root / _HEADER):
         return
     header = json.dumps({"pysnap": "repository", "format": FORMAT, "id": uuid.uuid4().hex}).encode()
-    temporary = root / f".{uuid.uuid4().hex}.tmp"
+    temporary = root / f"{_NEW_HEADER}{uuid.uuid4().hex}"
     storage.write_file(temporary, header)
     storage.rename(temporary, root / _HEADER)
     storage.sync_directory(root)
-    storage.sync_directory(root.resolve().parent)
 
 
 def _check_header(root: Path) -> None:

@@ -56,7 +56,7 @@ class Restore:
                 self.leaves[index] = leaf = _new(records[index])
                 self._targets.append((records[index].at, _address(leaf), extents[index], _HOST))
         for start, end, members in _shared_ranges(new, extents, snapshot):
-            storage = torch.empty(end - start, dtype=torch.uint8).untyped_storage()
+            storage = torch.empty(end - start, dtype=torch.uint8, device="cpu").untyped_storage()
             self._targets.append((start, storage.data_ptr(), end - start, _HOST))
             for index in members:
                 offset = records[index].at - start
@@ -85,12 +85,7 @@ class Restore:
 
     def _place(self, leaf: Leaf, record: Record, extent: int) -> None:
         """A live leaf gets its bytes straight where it has them in the order of the stream."""
-        if isinstance(leaf, np.ndarray):
-            if not (leaf.flags.c_contiguous and leaf.flags.writeable):
-                raise MismatchError(
-                    "an array is not contiguous or not writeable; register one that is"
-                )
-        else:
+        if isinstance(leaf, torch.Tensor):
             leaf = leaf.detach()
             if leaf.device.type != "cpu" or not _same_order(leaf, record):
                 staging = _new(record)
@@ -115,6 +110,8 @@ def verify(snapshot: Snapshot) -> list[str]:
 
 
 def _same_order(tensor: torch.Tensor, record: Record) -> bool:
+    if tensor.is_conj() or tensor.is_neg():
+        return False
     if record.strides is None:
         return tensor.is_contiguous()
     return is_dense(tensor) and tensor.stride() == record.strides
@@ -170,7 +167,7 @@ def _shared_ranges(
 def _view(
     storage: torch.UntypedStorage, offset: int, record: Record, snapshot: Snapshot
 ) -> torch.Tensor:
-    empty = torch.empty(0, dtype=getattr(torch, record.dtype))
+    empty = torch.empty(0, dtype=getattr(torch, record.dtype), device="cpu")
     if offset % empty.element_size():
         raise CorruptError(f"{snapshot.path} holds tensors that overlap by parts of an element")
     strides = record.strides or _row_major(record.shape)
@@ -200,7 +197,10 @@ def _new(record: Record) -> Leaf:
     if not _is_torch(record):
         return np.empty(record.shape, dtype=record.dtype)
     return torch.empty_strided(
-        record.shape, record.strides or _row_major(record.shape), dtype=getattr(torch, record.dtype)
+        record.shape,
+        record.strides or _row_major(record.shape),
+        dtype=getattr(torch, record.dtype),
+        device="cpu",
     )
 
 

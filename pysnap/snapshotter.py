@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -25,13 +24,13 @@ from pysnap.commit import Committer, Handle, SnapshotInfo, Stats
 from pysnap.config import Config
 from pysnap.errors import (
     ClosedError,
-    ConfigError,
     CorruptError,
     Error,
     FormatError,
     MismatchError,
     StorageError,
 )
+from pysnap.manifest import plain_json
 from pysnap.parts import as_part, load_parts
 from pysnap.repository import Repository, Snapshot, list_snapshots
 from pysnap.retention import Keep
@@ -100,7 +99,7 @@ class Snapshotter:
         self._cadence = Cadence.parse(config.every, "every" if source == "argument" else source)
         self._parts = {name: as_part(name, value) for name, value in parts.items()}
         self._raises = config.on_error == "raise"
-        self._metadata = _plain_json(metadata or {})
+        self._metadata = plain_json(metadata or {})
         self._owner = os.getpid()
         self.progress = Progress()
         self._stager = Stager(config)
@@ -120,7 +119,6 @@ class Snapshotter:
         self._step = _Step(self)
         self._resumed = False
         self._pending = False  # due, but another is in flight
-        self._told: Handle | None = None  # whose failure was raised
         self._last_start = time.monotonic()
         _log.info("snapshots to %s: %s (from %s)", self._repository.root, self._cadence, source)
 
@@ -200,13 +198,18 @@ class Snapshotter:
         return self._committer.stats()
 
     def close(self) -> None:
-        """Wait until the last snapshot is durable and release everything; safe to repeat.
+        """Take a snapshot that is still due, wait until the last one is durable and release
+        everything; safe to repeat.
 
         Raises the failure of the snapshot that was asked for last.
         """
         if not self._finalizer.alive:
             return
         self._check_open()
+        if self._pending:
+            self._committer.wait_idle()
+            self._take()
+        self._committer.close()
         self._finalizer()
         self._tell_failure()
 
@@ -219,6 +222,8 @@ class Snapshotter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            self._pending = False
         try:
             self.close()
         except Error:
@@ -310,23 +315,18 @@ class Snapshotter:
 
     def _tell_failure(self) -> None:
         """Raise the failure of the snapshot that was asked for last, once."""
-        newest = self._committer.newest
-        if newest is not None and newest.failure is not None and newest is not self._told:
-            self._told = newest
-            raise newest.failure
+        if self._committer.newest is not None:
+            self._committer.newest.raise_failure()
 
     def _restore(self, snapshot: Snapshot) -> None:
         rest = load_parts(snapshot, self._parts)
-        try:
-            self.progress = Progress(**rest["progress"])
-            states = rest["rng"]
-        except (KeyError, TypeError) as error:
-            raise MismatchError(
-                f"{snapshot.path} was not taken by a Snapshotter (it lacks {error}); "
-                "read it with pysnap.load"
-            ) from None
+        progress = rest["progress"]
+        if type(progress) is not dict or set(progress) != set(vars(self.progress)):
+            raise CorruptError(f"the progress in {snapshot.path} is not valid: {progress!r}")
+        for name, value in progress.items():
+            setattr(self.progress, name, value)
         # Last: whatever is loaded before may draw.
-        rng.restore(states)
+        rng.restore(rest["rng"])
 
 
 class _Step:
@@ -348,15 +348,6 @@ class _Step:
         snapshotter = self._snapshotter()
         if kind is None and snapshotter is not None:
             snapshotter._finish_step()
-
-
-def _plain_json(metadata: dict[str, Any]) -> dict[str, Any]:
-    """A copy, as the manifest will hold it; refused here rather than in the background."""
-    try:
-        copy: dict[str, Any] = json.loads(json.dumps(metadata, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"metadata must be plain JSON: {error}") from None
-    return copy
 
 
 def _release(committer: Committer, stager: Stager, repository: Repository, owner: int) -> None:

@@ -98,6 +98,12 @@ def list_directory(path: Path) -> list[str]:
         return sorted(os.listdir(path))
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file or a link."""
+    with _told("removing", path):
+        os.unlink(path)
+
+
 def remove_directory(path: Path) -> None:
     """Remove a directory of plain files; links are removed, never followed. What holds a
     directory is refused."""

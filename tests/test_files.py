@@ -13,7 +13,7 @@ from reference_writer import Writer
 from support import assert_same, bits, flip
 
 import pysnap
-from pysnap import reader
+from pysnap import files, reader
 from pysnap.layout import TORCH_ELEMENTS
 
 ALL_DTYPES = [getattr(torch, name) for name in TORCH_ELEMENTS if hasattr(torch, name)]
@@ -242,3 +242,39 @@ def test_load_of_what_is_no_snapshot(tmp_path: Path) -> None:
         pysnap.load(tmp_path)
     with pytest.raises(pysnap.NotFoundError):
         pysnap.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("metadata", [["n"], {"a": object()}, {"a": float("nan")}, {"a": "\ud800"}])
+def test_metadata_that_is_no_json_is_refused_at_the_door(tmp_path: Path, metadata: Any) -> None:
+    with pytest.raises(pysnap.ConfigError, match="metadata"):
+        pysnap.save(tmp_path / "s", {}, metadata=metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_load_tells_what_it_skips(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pysnap.Snapshotter(tmp_path, values={"a": torch.ones(3)}) as snapshotter:
+        for step in (1, 2):
+            snapshotter.progress.step = step
+            snapshotter.save().wait()
+    flip(tmp_path / "step-000000002" / "0.pack", 0)
+    assert pysnap.load(tmp_path)["progress"]["step"] == 1
+    assert "step-000000002" in caplog.text
+
+
+def test_load_beside_a_writer_that_removes_what_was_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader said that none is intact, while a newer snapshot was."""
+    values = {"a": torch.ones(3)}
+    with pysnap.Snapshotter(tmp_path, values=values, keep=pysnap.Keep(last=1)) as snapshotter:
+        snapshotter.save().wait()
+        read = files.load_state
+
+        def replaced_meanwhile(snapshot: Any) -> Any:
+            if snapshot.step == 0:
+                snapshotter.progress.step = 1
+                snapshotter.save().wait()
+            return read(snapshot)
+
+        monkeypatch.setattr(files, "load_state", replaced_meanwhile)
+        assert pysnap.load(tmp_path)["progress"]["step"] == 1

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support import Run, assert_same, flip
@@ -259,6 +260,55 @@ def test_plain_containers_are_filled_in_place(tmp_path: Path) -> None:
         tensor.zero_()
         snapshotter.resume()
     assert values == {"lr": 0.1} and history == [1, 2] and tensor.tolist() == [0, 1, 2]
+
+
+def test_a_generator_in_a_container_is_the_programs_own_again(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    values = {"generator": generator, "nested": [{"n": 1}]}
+    nested = values["nested"]
+    with pysnap.Snapshotter(tmp_path, values=values, own=generator) as snapshotter:
+        snapshotter.save().wait()
+        expected = torch.rand(3, generator=generator)
+        nested[0]["n"] = 2  # type: ignore[index]  # a list
+        snapshotter.resume()
+    assert torch.equal(torch.rand(3, generator=generator), expected)
+    assert values["nested"] is nested and nested == [{"n": 1}]
+
+
+def test_a_conjugated_tensor_is_filled_with_its_values(tmp_path: Path) -> None:
+    tensor = torch.complex(torch.ones(3), torch.arange(3.0))
+    values = {"x": tensor.conj()}
+    expected = values["x"].resolve_conj().clone()
+    with pysnap.Snapshotter(tmp_path, values=values) as snapshotter:
+        snapshotter.save().wait()
+        tensor.zero_()
+        snapshotter.resume()
+    assert torch.equal(values["x"], expected)
+
+
+def test_leaves_that_cannot_be_filled_are_replaced(tmp_path: Path) -> None:
+    values = {"array": np.arange(8)[::2], "expanded": torch.tensor(3.0).expand(4)}
+    with pysnap.Snapshotter(tmp_path, values=values) as snapshotter:
+        snapshotter.save().wait()
+        snapshotter.resume()
+    assert values["array"].tolist() == [0, 2, 4, 6] and values["expanded"].tolist() == [3.0] * 4
+
+
+def test_the_default_device_of_the_program_does_not_matter(tmp_path: Path) -> None:
+    """New tensors were made on the default device and read as host memory: a crash."""
+    path = pysnap.save(tmp_path / "s", {"x": torch.arange(5), "y": torch.zeros(0, 2)})
+    with torch.device("meta"):
+        loaded = pysnap.load(path)
+    assert loaded["x"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_snapshot_that_is_no_run_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    values = {"x": torch.zeros(3)}
+    with pysnap.Snapshotter(tmp_path, values=values) as snapshotter:
+        pysnap.save(tmp_path / "step-000000005", {"values": {"x": torch.ones(3)}})
+        with pytest.raises(pysnap.MismatchError, match="not taken by a Snapshotter"):
+            snapshotter.resume()
+    assert not values["x"].any()
 
 
 def mismatch(tmp_path: Path, **parts: object) -> str:

@@ -458,8 +458,8 @@ def test_ctrl_c_before_the_capture_begins_leaves_nothing_waiting(tmp_path: Path)
     snapshotter = pysnap.Snapshotter(tmp_path, values={"a": torch.ones(3)})
     start = snapshotter._committer._start
 
-    def interrupted(handle: pysnap.Handle) -> bool:
-        start(handle)
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
         raise KeyboardInterrupt
 
     snapshotter._committer._start = interrupted  # type: ignore[method-assign]  # Ctrl-C right there
@@ -515,6 +515,111 @@ def test_what_cannot_be_stored_later_fails_the_snapshot_not_the_training(tmp_pat
             snapshotter.save().wait()
         del values["hook"]
         snapshotter.save().wait()
+
+
+@pytest.mark.parametrize("place", ["begin", "thread", "start"])
+def test_ctrl_c_anywhere_before_the_capture_fails_its_handle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """save() and close() hung after a Ctrl-C between the lines of take()."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    snapshotter = pysnap.Snapshotter(tmp_path, values={"a": 1})
+    with monkeypatch.context() as patch:
+        if place == "begin":
+            patch.setattr(snapshotter._stager, "begin", interrupted)
+        else:
+            patch.setattr(
+                threading.Thread, "__init__" if place == "thread" else "start", interrupted
+            )
+        with pytest.raises(KeyboardInterrupt):
+            snapshotter.save()
+    snapshotter.save().wait()
+    snapshotter.close()
+    assert snapshotter.stats().failed == 1
+
+
+def test_ctrl_c_that_was_caught_is_not_raised_again(tmp_path: Path) -> None:
+    snapshotter = pysnap.Snapshotter(tmp_path, values={"a": 1})
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    snapshotter._stager.begin = interrupted  # type: ignore[method-assign,assignment]  # Ctrl-C there
+    with pytest.raises(KeyboardInterrupt):
+        snapshotter.save()
+    snapshotter.close()
+
+
+def test_any_exception_of_retention_leaves_the_snapshot_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """wait() hung when retention met an error that was no pysnap.Error."""
+
+    def refused(_: object) -> None:
+        raise PermissionError("mine")
+
+    monkeypatch.setattr(repository.Repository, "list", refused)
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        assert snapshotter.save().wait().path.is_dir()
+    assert "could not be removed" in caplog.text
+
+
+def test_a_snapshot_that_is_still_due_is_taken_by_close(tmp_path: Path) -> None:
+    """The last snapshot of a run was lost when it was due while another was in flight."""
+    release = threading.Event()
+    values = {"a": 0}
+    snapshotter = pysnap.Snapshotter(tmp_path, values=values, every=1)
+    original = snapshotter._committer._commit
+
+    def slow(*arguments: object) -> object:
+        release.wait()
+        return original(*arguments)  # type: ignore[arg-type]  # the arguments are passed through
+
+    snapshotter._committer._commit = slow  # type: ignore[method-assign,assignment]  # a slow disk
+    for _ in range(3):
+        with snapshotter.step():
+            values["a"] += 1
+    release.set()
+    snapshotter.close()
+    assert pysnap.load(tmp_path)["values"] == {"a": 3}
+
+
+def test_a_name_that_is_used_again_is_not_taken_for_the_snapshot_that_had_it(
+    tmp_path: Path,
+) -> None:
+    """Retention removed the snapshot that was just committed."""
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, keep=pysnap.Keep(last=1)) as snapshotter:
+        for step in (5, 10, 5):
+            snapshotter.progress.step = step
+            info = snapshotter.save().wait()
+        assert info.path.is_dir()
+
+
+def test_a_program_may_change_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pysnap.Snapshotter("runs/gpt", values={"a": 1}) as snapshotter:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        snapshotter.save().wait()
+    assert steps_on_disk(tmp_path / "runs" / "gpt") == [0]
+
+
+def test_somebody_elses_folder_in_a_snapshot_does_not_stop_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, keep=pysnap.Keep(last=1)) as snapshotter:
+        path = snapshotter.save().wait().path
+        (path / ".ipynb_checkpoints").mkdir()
+        snapshotter.progress.step = 1
+        snapshotter.save().wait()
+    pysnap.Snapshotter(tmp_path, values={"a": 1}).close()
+    assert steps_on_disk(tmp_path) == [1]
+    assert "what a killed writer left stays" in caplog.text
 
 
 def test_a_forked_child_is_inert(tmp_path: Path) -> None:
