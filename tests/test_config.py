@@ -64,6 +64,34 @@ def test_cadences_that_do_not_parse(rule: str) -> None:
         Cadence.parse(rule, "PYSNAP_EVERY")
 
 
+@pytest.mark.parametrize(
+    ("rule", "step", "seconds", "due"),
+    [
+        ("200", 200, 0.0, True),
+        ("200", 201, 1e9, False),
+        ("30s", 1, 29.9, False),
+        ("30s", 1, 30.0, True),
+        ("200, 30s", 7, 31.0, True),
+        ("200, 30s", 400, 0.0, True),
+        ("200, 30s", 7, 0.0, False),
+        ("1 epoch", 200, 1e9, False),
+        ("off", 200, 1e9, False),
+    ],
+)
+def test_when_a_step_is_due(rule: str, step: int, seconds: float, due: bool) -> None:
+    assert Cadence.parse(rule, "every").due_after_step(step, seconds) is due
+
+
+def test_when_an_epoch_is_due() -> None:
+    assert [Cadence.parse("2 epochs", "every").due_after_epoch(n) for n in (1, 2, 3, 4)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert not Cadence.parse("2 steps", "every").due_after_epoch(2)
+
+
 def test_the_table_in_the_readme_is_the_one_in_the_code() -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text()
     rows = re.findall(r"^\| `(PYSNAP_\w+)` \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
