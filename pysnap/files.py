@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from pysnap.capture import Stager
 from pysnap.config import Config
-from pysnap.errors import CorruptError, Error, FormatError, NotFoundError, StorageError
+from pysnap.errors import CorruptError, NotFoundError, StorageError
 from pysnap.manifest import plain_json
-from pysnap.repository import Snapshot, discard, is_snapshot, list_snapshots, new_partial, publish
+from pysnap.repository import (
+    Snapshot,
+    discard,
+    is_snapshot,
+    list_snapshots,
+    new_partial,
+    publish,
+    tell_skipped,
+)
 from pysnap.restore import load_state
-
-_log = logging.getLogger("pysnap")
 
 # A reader lists again when the writer removed what was listed; more often than this is no accident.
 _ATTEMPTS = 10
@@ -27,8 +33,8 @@ def save(
     directory `path`, which must not exist.
 
     Returns when it is durable. Raises StateError for what cannot be stored and StorageError where
-    the disk refuses; then there is no `path`. A process that is killed meanwhile leaves a
-    `.partial-` directory beside `path`, which may be removed.
+    the disk refuses. `path` is whole or absent, whatever happens; a process that is killed
+    meanwhile leaves a `.partial-` directory beside it, which may be removed.
     """
     described = plain_json(metadata or {})
     target = Path(path).absolute()
@@ -58,30 +64,19 @@ def load(path: str | os.PathLike[str]) -> Any:
         return load_state(Snapshot.open(root))
     for _ in range(_ATTEMPTS):
         listing = list_snapshots(root)
-        failures: list[Error] = []
-        for path_, error in listing.damaged:
-            if isinstance(error, FormatError):
-                raise error
-            failures.append(_skipped(path_, error))
+        skipped = listing.tell_damaged()
         for snapshot in listing.snapshots:
             try:
                 return load_state(snapshot)
             except (CorruptError, StorageError) as error:
                 # The writer's retention may have removed it since it was listed.
                 if os.path.lexists(snapshot.path):
-                    failures.append(_skipped(snapshot.path, error))
-        if len(failures) == len(listing.damaged) + len(listing.snapshots):
+                    skipped.append(tell_skipped(snapshot.path, error))
+        if len(skipped) == len(listing.damaged) + len(listing.snapshots):
             break
-    if failures:
-        raise CorruptError(
-            f"{root} holds snapshots, but none is intact: " + "; ".join(map(str, failures))
-        )
+    if skipped:
+        raise CorruptError(f"{root} holds snapshots, but none is intact: " + "; ".join(skipped))
     raise NotFoundError(f"{root} holds no snapshot")
-
-
-def _skipped(path: Path, error: Error) -> Error:
-    _log.warning("skipping a damaged snapshot, %s: %s", path.name, error)
-    return error
 
 
 def _write(
@@ -89,8 +84,6 @@ def _write(
 ) -> Path:
     # A state that is larger than the staging memory streams through, so copying and writing run
     # side by side.
-    from concurrent.futures import ThreadPoolExecutor
-
     capture = stager.begin(state)
     with ThreadPoolExecutor(1, thread_name_prefix="pysnap-commit") as committer:
         written = committer.submit(capture.write, partial, step=0, sequence=0, metadata=metadata)

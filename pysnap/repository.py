@@ -74,6 +74,21 @@ class Listing:
     snapshots: list[Snapshot]
     damaged: list[tuple[Path, Error]]
 
+    def tell_damaged(self) -> list[str]:
+        """Warn of what could not be read; a sentence for each. Raises FormatError for a snapshot of
+        another format, which is no damage: to pass over it would be to lose what is newest."""
+        for _, error in self.damaged:
+            if isinstance(error, FormatError):
+                raise error
+        return [tell_skipped(path, error) for path, error in self.damaged]
+
+
+def tell_skipped(path: Path, error: Error) -> str:
+    """Warn that a damaged snapshot is passed over; the sentence for the error that may follow."""
+    sentence = f"{path.name}: {error}"
+    _log.warning("skipping a damaged snapshot, %s", sentence)
+    return sentence
+
 
 def is_snapshot(path: Path) -> bool:
     """Whether a directory is one snapshot (rather than a repository of them)."""

@@ -26,13 +26,12 @@ from pysnap.errors import (
     ClosedError,
     CorruptError,
     Error,
-    FormatError,
     MismatchError,
     StorageError,
 )
 from pysnap.manifest import plain_json
 from pysnap.parts import as_part, load_parts
-from pysnap.repository import Repository, Snapshot, list_snapshots
+from pysnap.repository import Repository, Snapshot, list_snapshots, tell_skipped
 from pysnap.retention import Keep
 
 _log = logging.getLogger("pysnap")
@@ -61,7 +60,8 @@ class Snapshotter:
     the environment (see `pysnap.config`). `on_durable` is called with a `SnapshotInfo` in a
     background thread. `metadata`, plain JSON, is stored for people.
 
-    Methods belong to the training thread. In a forked child they raise ClosedError.
+    Methods belong to the training thread. In a forked child those that take a snapshot or put one
+    back raise ClosedError.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class Snapshotter:
         self._step = _Step(self)
         self._resumed = False
         self._pending = False  # due, but another is in flight
+        self._mid_step = False  # an exception left a step half done
         self._last_start = time.monotonic()
         _log.info("snapshots to %s: %s (from %s)", self._repository.root, self._cadence, source)
 
@@ -149,20 +150,14 @@ class Snapshotter:
         self._check_open()
         self._committer.wait_idle()
         listing = list_snapshots(self._repository.root)
-        skipped = []
-        for path, error in listing.damaged:
-            if isinstance(error, FormatError):
-                raise error
-            skipped.append(f"{path.name}: {error}")
-            _log.warning("skipping a snapshot that cannot be read: %s", error)
+        skipped = listing.tell_damaged()
         touched = False
         for snapshot in listing.snapshots:
             try:
                 self._restore(snapshot)
             except (CorruptError, StorageError) as error:
                 touched = True
-                skipped.append(f"{snapshot.path.name}: {error}")
-                _log.warning("skipping a damaged snapshot: %s", error)
+                skipped.append(tell_skipped(snapshot.path, error))
                 continue
             except MismatchError as error:
                 if touched:
@@ -206,7 +201,7 @@ class Snapshotter:
         if not self._finalizer.alive:
             return
         self._check_open()
-        if self._pending:
+        if self._pending and not self._mid_step:
             self._committer.wait_idle()
             self._take()
         self._committer.close()
@@ -222,8 +217,7 @@ class Snapshotter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._pending = False
+        self._mid_step |= error is not None
         try:
             self.close()
         except Error:
@@ -260,6 +254,7 @@ class Snapshotter:
 
     def _finish_step(self) -> None:
         self._check_open()
+        self._mid_step = False
         self.progress.step += 1
         self.progress.batch += 1
         if self._raises and not self._committer.busy():
@@ -346,8 +341,12 @@ class _Step:
         trace: TracebackType | None,
     ) -> None:
         snapshotter = self._snapshotter()
-        if kind is None and snapshotter is not None:
+        if snapshotter is None:
+            return
+        if kind is None:
             snapshotter._finish_step()
+        else:
+            snapshotter._mid_step = True
 
 
 def _release(committer: Committer, stager: Stager, repository: Repository, owner: int) -> None:

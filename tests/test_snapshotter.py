@@ -35,6 +35,19 @@ def run_python(code: str, path: Path, **environment: str) -> subprocess.Complete
     )
 
 
+def slow_disk(snapshotter: pysnap.Snapshotter) -> threading.Event:
+    """Nothing is committed before the event is set."""
+    release = threading.Event()
+    commit = snapshotter._committer._commit
+
+    def slow(*arguments: object) -> object:
+        release.wait()
+        return commit(*arguments)  # type: ignore[arg-type]  # the arguments are passed through
+
+    snapshotter._committer._commit = slow  # type: ignore[method-assign,assignment]  # a slow disk
+    return release
+
+
 # Cadence and retention
 
 
@@ -71,17 +84,10 @@ def test_off_takes_nothing_but_save_does(tmp_path: Path) -> None:
 
 
 def test_a_due_snapshot_while_one_is_in_flight_is_taken_late_and_counted(tmp_path: Path) -> None:
-    release = threading.Event()
     with pysnap.Snapshotter(
         tmp_path, values={"a": 1}, every=1, keep=pysnap.Keep(last=None)
     ) as snapshotter:
-        original = snapshotter._committer._commit
-
-        def slow(*arguments: object) -> object:
-            release.wait()
-            return original(*arguments)  # type: ignore[arg-type]  # the arguments are passed through
-
-        snapshotter._committer._commit = slow  # type: ignore[method-assign,assignment]  # a slow disk
+        release = slow_disk(snapshotter)
         for _ in range(3):
             with snapshotter.step():
                 pass
@@ -465,7 +471,7 @@ def test_ctrl_c_before_the_capture_begins_leaves_nothing_waiting(tmp_path: Path)
     snapshotter._committer._start = interrupted  # type: ignore[method-assign]  # Ctrl-C right there
     with pytest.raises(KeyboardInterrupt):
         snapshotter.save()
-    snapshotter._committer._start = start  # type: ignore[method-assign]
+    snapshotter._committer._start = start  # type: ignore[method-assign]  # put back
     snapshotter.save().wait()
     snapshotter.close()
     assert snapshotter.stats().failed == 1
@@ -569,22 +575,30 @@ def test_any_exception_of_retention_leaves_the_snapshot_durable(
 
 def test_a_snapshot_that_is_still_due_is_taken_by_close(tmp_path: Path) -> None:
     """The last snapshot of a run was lost when it was due while another was in flight."""
-    release = threading.Event()
     values = {"a": 0}
     snapshotter = pysnap.Snapshotter(tmp_path, values=values, every=1)
-    original = snapshotter._committer._commit
-
-    def slow(*arguments: object) -> object:
-        release.wait()
-        return original(*arguments)  # type: ignore[arg-type]  # the arguments are passed through
-
-    snapshotter._committer._commit = slow  # type: ignore[method-assign,assignment]  # a slow disk
+    release = slow_disk(snapshotter)
     for _ in range(3):
         with snapshotter.step():
             values["a"] += 1
     release.set()
     snapshotter.close()
     assert pysnap.load(tmp_path)["values"] == {"a": 3}
+
+
+def test_close_takes_no_snapshot_of_a_step_that_an_exception_left_half_done(tmp_path: Path) -> None:
+    values = {"a": 0}
+    snapshotter = pysnap.Snapshotter(tmp_path, values=values, every=1)
+    release = slow_disk(snapshotter)
+    for _ in range(2):
+        with snapshotter.step():
+            values["a"] += 1
+    with pytest.raises(ValueError, match="mine"), snapshotter.step():
+        values["a"] = -1
+        raise ValueError("mine")
+    release.set()
+    snapshotter.close()
+    assert pysnap.load(tmp_path)["values"] == {"a": 1}
 
 
 def test_a_name_that_is_used_again_is_not_taken_for_the_snapshot_that_had_it(
