@@ -30,7 +30,8 @@ from pysnap.errors import (
     StorageError,
 )
 from pysnap.manifest import plain_json
-from pysnap.parts import as_part, load_parts
+from pysnap.match import load_parts
+from pysnap.parts import as_part
 from pysnap.repository import Repository, Snapshot, list_snapshots, tell_skipped
 from pysnap.retention import Keep
 

@@ -27,6 +27,7 @@ LAYERS: list[dict[str, set[str]]] = [
     {"capture": set(), "retention": set()},
     {"restore": set()},
     {"parts": set(), "files": set(), "commit": set()},
+    {"match": set()},
     {"snapshotter": set()},
     {"demo": set()},
     {"cli": set()},
