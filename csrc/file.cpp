@@ -1,6 +1,7 @@
 #include "file.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
@@ -123,6 +124,11 @@ std::size_t File::read_at(void* data, std::size_t size, std::uint64_t offset) co
     done += static_cast<std::size_t>(count);
   }
   return done;
+}
+
+void* File::map(std::size_t size) const noexcept {
+  void* data = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, descriptor_, 0);
+  return data == MAP_FAILED ? nullptr : data;
 }
 
 void File::truncate(std::uint64_t size) {

@@ -41,6 +41,8 @@ class File {
   void write_at(const void* data, std::size_t size, std::uint64_t offset) const;
   // Returns the number of bytes read: less than `size` only where the file ends.
   std::size_t read_at(void* data, std::size_t size, std::uint64_t offset) const;
+  // The first `size` bytes, mapped for reading until munmap(); null where the system refuses.
+  void* map(std::size_t size) const noexcept;
   void truncate(std::uint64_t size);
   // fdatasync. A failure is final: the pages may be gone, a second call would lie.
   void sync();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <map>
@@ -14,6 +15,7 @@
 #include "digest.h"
 #include "error.h"
 #include "file.h"
+#include "mapping.h"
 #include "thread.h"
 
 namespace pysnap {
@@ -28,16 +30,66 @@ struct Piece {
   Device* device;
 };
 
-// A pack, or why it cannot be read: told only when a chunk of it is needed.
-struct OpenPack {
-  std::optional<File> file;
-  std::optional<Error> failure;
+// How much of a pack that is read in place may count as resident memory of this process.
+constexpr std::uint64_t kMostResident = 32u << 20;
+
+// A pack that is read by several threads.
+class OpenPack {
+ public:
+  // A pack that cannot be read is told only when a chunk of it is needed.
+  explicit OpenPack(const PackFile& pack) {
+    try {
+      file_.emplace(File::open(pack.path));
+      const std::uint64_t size = file_->size();
+      if (size != pack.size) {
+        failure_ = Error::corrupt(
+            pack.path, -1,
+            "it has " + std::to_string(size) + " bytes instead of " + std::to_string(pack.size));
+      }
+    } catch (const Error& error) {
+      failure_ = error;
+    }
+    if (!failure_) mapping_ = Mapping::create(*file_, pack.size);
+  }
+
+  const std::string& path() const { return file_->path(); }
+
+  // Throws why it cannot be read.
+  void check() const {
+    if (failure_) throw *failure_;
+  }
+
+  // These bytes where they are, in the page cache; null where they are not.
+  const std::uint8_t* in_place(std::uint64_t offset, std::size_t length) const {
+    if (mapping_ == nullptr || offset + length > mapping_->size()) return nullptr;
+    return mapping_->is_cached(offset, length) ? mapping_->data() + offset : nullptr;
+  }
+
+  // False where the file ends before. Throws Error(kIo).
+  bool read(std::uint8_t* buffer, std::size_t length, std::uint64_t offset) const {
+    return file_->read_at(buffer, length, offset) == length;
+  }
+
+  // Whether bytes that were read in place may have been zeros that stood in for them.
+  bool lost() const { return mapping_->lost(); }
+
+  // `length` bytes that were read in place are not needed any more.
+  void release(std::size_t length) {
+    const std::uint64_t before = read_in_place_.fetch_add(length);
+    if (before / kMostResident != (before + length) / kMostResident) mapping_->release();
+  }
+
+ private:
+  std::optional<File> file_;
+  std::optional<Error> failure_;
+  std::unique_ptr<const Mapping> mapping_;
+  std::atomic<std::uint64_t> read_in_place_{0};
 };
 
 // One thread's means: reads one chunk at a time and hands out its checked raw bytes.
 class ChunkReader {
  public:
-  ChunkReader(const std::vector<OpenPack>& packs, const std::vector<StoredChunk>& chunks,
+  ChunkReader(std::deque<OpenPack>& packs, const std::vector<StoredChunk>& chunks,
               std::size_t largest, std::shared_ptr<const Zstd> zstd)
       : packs_(packs),
         chunks_(chunks),
@@ -45,34 +97,42 @@ class ChunkReader {
         stored_(make_buffer(largest)),
         raw_(make_buffer(largest)) {}
 
-  // Valid until the next call. Throws Error(kCorrupt) or Error(kIo).
-  const std::uint8_t* read(std::size_t index) {
+  // Calls use(raw bytes) once the bytes are checked. Throws Error(kCorrupt) or Error(kIo).
+  template <typename Use>
+  void read(std::size_t index, Use use) {
     const StoredChunk& chunk = chunks_[index];
-    if (packs_[chunk.pack].failure) throw *packs_[chunk.pack].failure;
-    const File& pack = *packs_[chunk.pack].file;
+    OpenPack& pack = packs_[chunk.pack];
     auto damage = [&](const char* what) {
       return Error::corrupt(pack.path(), static_cast<std::int64_t>(index), what);
     };
     const std::size_t padded = round_up(chunk.stored, kPageSize);
-    if (pack.read_at(stored_.get(), padded, chunk.offset) != padded)
+    pack.check();
+    // Not for a decoder: the bytes of a file may change under it.
+    const std::uint8_t* in_place =
+        chunk.encoding == Encoding::kRaw ? pack.in_place(chunk.offset, padded) : nullptr;
+    if (in_place == nullptr && !pack.read(stored_.get(), padded, chunk.offset))
       throw damage("the file ends before it");
-    if (std::any_of(stored_.get() + chunk.stored, stored_.get() + padded,
+    const std::uint8_t* stored = in_place != nullptr ? in_place : stored_.get();
+    if (std::any_of(stored + chunk.stored, stored + padded,
                     [](std::uint8_t byte) { return byte != 0; })) {
       throw damage("the bytes behind it are not zero");
     }
-    const std::uint8_t* raw = stored_.get();
+    const std::uint8_t* raw = stored;
     if (chunk.encoding == Encoding::kPlanes) {
-      if (!decoder_.decode(chunk.element, stored_.get(), chunk.stored, raw_.get(), chunk.raw))
+      if (!decoder_.decode(chunk.element, stored, chunk.stored, raw_.get(), chunk.raw))
         throw damage("it cannot be decoded");
       raw = raw_.get();
     }
     if (xxh3_128(raw, chunk.raw) != chunk.digest)
       throw damage("its bytes do not match their digest");
-    return raw;
+    use(raw);
+    if (in_place == nullptr) return;
+    if (pack.lost()) throw damage("the file was cut short, or could not be read, meanwhile");
+    pack.release(padded);
   }
 
  private:
-  const std::vector<OpenPack>& packs_;
+  std::deque<OpenPack>& packs_;
   const std::vector<StoredChunk>& chunks_;
   PlanesDecoder decoder_;
   Buffer stored_;
@@ -101,22 +161,9 @@ std::uint64_t check_table(const std::vector<PackFile>& packs,
   return stream;
 }
 
-std::vector<OpenPack> open_packs(const std::vector<PackFile>& packs) {
-  std::vector<OpenPack> opened;
-  for (const PackFile& pack : packs) {
-    OpenPack& open = opened.emplace_back();
-    try {
-      open.file.emplace(File::open(pack.path));
-      const std::uint64_t size = open.file->size();
-      if (size != pack.size) {
-        open.failure = Error::corrupt(
-            pack.path, -1,
-            "it has " + std::to_string(size) + " bytes instead of " + std::to_string(pack.size));
-      }
-    } catch (const Error& error) {
-      open.failure = error;
-    }
-  }
+std::deque<OpenPack> open_packs(const std::vector<PackFile>& packs) {
+  std::deque<OpenPack> opened;
+  for (const PackFile& pack : packs) opened.emplace_back(pack);
   return opened;
 }
 
@@ -165,7 +212,10 @@ bool for_each_chunk(std::size_t count, unsigned threads,
   } catch (const std::exception&) {
     // Fewer threads are slower, nothing else.
   }
-  run(true);
+  {
+    const UnblockedSigbus unblocked;
+    run(true);
+  }
   for (std::thread& helper : helpers) helper.join();
   if (failure != nullptr) std::rethrow_exception(failure);
   return completed;
@@ -208,17 +258,18 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
   for (std::size_t i = 0; i < chunks.size(); ++i) {
     if (!pieces[i].empty()) needed.push_back(i);
   }
-  const std::vector<OpenPack> opened = open_packs(packs);
+  std::deque<OpenPack> opened = open_packs(packs);
   const std::size_t largest = largest_chunk(chunks);
   return for_each_chunk(
       needed.size(), threads, [&] { return ChunkReader(opened, chunks, largest, zstd); },
       [&](ChunkReader& reader, std::size_t i) {
-        const std::uint8_t* raw = reader.read(needed[i]);
-        for (const Piece& piece : pieces[needed[i]])
-          piece.device->write(piece.address, raw + piece.offset, piece.length);
-        for (const auto& [index, device] : devices) {
-          if (std::unique_ptr<Fence> fence = device->fence()) fence->wait();
-        }
+        reader.read(needed[i], [&](const std::uint8_t* raw) {
+          for (const Piece& piece : pieces[needed[i]])
+            piece.device->write(piece.address, raw + piece.offset, piece.length);
+          for (const auto& [index, device] : devices) {
+            if (std::unique_ptr<Fence> fence = device->fence()) fence->wait();
+          }
+        });
         return true;
       },
       interrupted);
@@ -228,7 +279,7 @@ std::vector<Damage> verify(const std::vector<PackFile>& packs,
                            const std::vector<StoredChunk>& chunks, unsigned threads,
                            std::shared_ptr<const Zstd> zstd, const Interrupted& interrupted) {
   check_table(packs, chunks);
-  const std::vector<OpenPack> opened = open_packs(packs);
+  std::deque<OpenPack> opened = open_packs(packs);
   const std::size_t largest = largest_chunk(chunks);
   std::mutex mutex;
   std::vector<Damage> damages;
@@ -236,7 +287,7 @@ std::vector<Damage> verify(const std::vector<PackFile>& packs,
       chunks.size(), threads, [&] { return ChunkReader(opened, chunks, largest, zstd); },
       [&](ChunkReader& reader, std::size_t i) {
         try {
-          reader.read(i);
+          reader.read(i, [](const std::uint8_t*) {});
         } catch (const Error& error) {
           if (error.kind() == ErrorKind::kInvalid) throw;
           std::lock_guard<std::mutex> lock(mutex);

@@ -35,11 +35,11 @@ struct Damage {
 };
 
 // Reads the chunks that hold bytes of a target, checks each against its digest, and only then
-// copies its bytes into the targets. `chunks` are in the order of the stream. Uses `threads`
-// threads, the caller among them, at its priority, and 2 chunks of memory each. Throws the first
-// failure: Error(kCorrupt) with the chunk (none for a pack of another length), Error(kIo), or
-// Error(kInvalid) for a chunk table or targets that cannot be; targets may then be partly written.
-// False if `interrupted` ended it.
+// copies its bytes into the targets. Raw chunks that are in the page cache are checked and copied
+// in place. `chunks` are in the order of the stream. Uses `threads` threads, the caller among them,
+// at its priority, and 2 chunks of memory each. Throws the first failure: Error(kCorrupt) with the
+// chunk (none for a pack of another length), Error(kIo), or Error(kInvalid) for a chunk table or
+// targets that cannot be; targets may then be partly written. False if `interrupted` ended it.
 bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks,
              const std::vector<Target>& targets, unsigned threads, std::shared_ptr<const Zstd> zstd,
              const Interrupted& interrupted);

@@ -17,13 +17,15 @@ namespace pysnap {
 
 namespace {
 
-// Blocks every signal of the calling thread while it lives; a thread that is started meanwhile
-// inherits that for good.
+// Blocks the signals that the calling thread does not raise itself, while it lives; a thread that
+// is started meanwhile inherits that for good.
 class BlockedSignals {
  public:
   BlockedSignals() {
     sigset_t all;
     sigfillset(&all);
+    // Blocked, these end the process without asking a handler.
+    for (int own : {SIGBUS, SIGSEGV, SIGFPE, SIGILL}) sigdelset(&all, own);
     pthread_sigmask(SIG_SETMASK, &all, &previous_);
   }
   BlockedSignals(const BlockedSignals&) = delete;
@@ -48,6 +50,15 @@ std::thread start_thread(const char* name, std::function<void()> body, int nice)
     throw Error::io("starting thread", name, failure.code().value());
   }
 }
+
+UnblockedSigbus::UnblockedSigbus() {
+  sigset_t sigbus;
+  sigemptyset(&sigbus);
+  sigaddset(&sigbus, SIGBUS);
+  pthread_sigmask(SIG_UNBLOCK, &sigbus, &previous_);
+}
+
+UnblockedSigbus::~UnblockedSigbus() { pthread_sigmask(SIG_SETMASK, &previous_, nullptr); }
 
 unsigned available_processors() {
   cpu_set_t set;

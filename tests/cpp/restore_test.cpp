@@ -1,6 +1,10 @@
 #include "restore.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -370,4 +374,30 @@ TEST(an_interruption_ends_restore_and_verify) {
   polls = 0;
   pysnap::verify(snapshot.packs, snapshot.chunks, 1, fixture::zstd(), at_the_third_poll);
   CHECK_EQ(polls, 3);
+}
+
+namespace {
+
+// Memory whose first use cuts a file short.
+void* trap = nullptr;
+const char* file_of_trap = nullptr;
+
+void spring_trap(int) {
+  static_cast<void>(::truncate(file_of_trap, 0) == 0);
+  ::mprotect(trap, kPageSize, PROT_READ | PROT_WRITE);
+}
+
+}  // namespace
+
+TEST(a_file_that_is_cut_short_while_it_is_copied_is_damage_and_kills_nobody) {
+  const Snapshot snapshot;
+  trap = ::mmap(nullptr, kPageSize, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  file_of_trap = snapshot.packs[0].path.c_str();
+  struct sigaction action{}, before{};
+  action.sa_handler = spring_trap;
+  CHECK_EQ(::sigaction(SIGSEGV, &action, &before), 0);
+  const Target target{0, reinterpret_cast<std::uintptr_t>(trap), kPageSize, kHost};
+  CHECK_EQ(thrown_by([&] { snapshot.restore({target}, 1); }), "corrupt");
+  CHECK_EQ(::sigaction(SIGSEGV, &before, nullptr), 0);
+  ::munmap(trap, kPageSize);
 }
