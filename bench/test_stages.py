@@ -93,6 +93,7 @@ class Engine:
             nice=0,
             direct_io=True,
             zstd=CODECS[codec],
+            adaptive=False,
         )
         self.engine.reserve(plan.stream)
         self.engine.wait_reserved()

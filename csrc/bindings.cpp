@@ -249,12 +249,13 @@ PYBIND11_MODULE(_engine, module) {
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init([](std::size_t chunk_size, std::size_t slots, unsigned workers,
                        unsigned copy_threads, int nice, bool direct_io,
-                       const std::vector<std::string>& zstd) {
-             return Engine::create(
-                 {chunk_size, slots, workers, copy_threads, nice, direct_io, open_zstd(zstd)});
+                       const std::vector<std::string>& zstd, bool adaptive) {
+             return Engine::create({chunk_size, slots, workers, copy_threads, nice, direct_io,
+                                    open_zstd(zstd), adaptive});
            }),
            py::kw_only(), py::arg("chunk_size"), py::arg("slots"), py::arg("workers"),
-           py::arg("copy_threads"), py::arg("nice"), py::arg("direct_io"), py::arg("zstd"))
+           py::arg("copy_threads"), py::arg("nice"), py::arg("direct_io"), py::arg("zstd"),
+           py::arg("adaptive"))
       .def("reserve", &Engine::reserve, py::arg("size"))
       .def("wait_reserved", &Engine::wait_reserved, py::call_guard<py::gil_scoped_release>())
       .def(

@@ -404,16 +404,22 @@ void Engine::work() {
     std::shared_ptr<PackWriter> pack = job->pack_;
     std::optional<Job::Staged> staged(std::move(job->staged_.front()));
     job->staged_.pop_front();
-    lock.unlock();
     const std::size_t index = staged->chunk;
+    const Span& span = job->spans_[index];
+    const bool encoded = encodes(span.element);
+    lock.unlock();
     std::optional<StoredChunk> chunk;
     std::optional<Error> failure;
+    std::chrono::duration<double> busy{};
     try {
-      if (options_.zstd != nullptr && !encoder) {
+      if (encoded && !encoder) {
         out = make_buffer(options_.chunk_size);
         encoder.emplace(options_.zstd);
       }
-      chunk = write(*pack, job->spans_[index], *staged, encoder ? &*encoder : nullptr, out.get());
+      for (const std::unique_ptr<Fence>& fence : staged->fences) fence->wait();
+      const auto start = std::chrono::steady_clock::now();
+      chunk = write(*pack, span, staged->slot, encoded ? &*encoder : nullptr, out.get());
+      busy = std::chrono::steady_clock::now() - start;
     } catch (const std::exception& caught) {
       failure = to_failure(caught);
     }
@@ -423,6 +429,7 @@ void Engine::work() {
     if (failure) {
       job->fail(*failure);
     } else {
+      choice_.learn(span.element, encoded, span.raw, busy.count());
       job->chunks_[index] = *chunk;
       ++job->written_;
     }
@@ -430,10 +437,15 @@ void Engine::work() {
   }
 }
 
-StoredChunk Engine::write(PackWriter& pack, const Span& span, Job::Staged& staged,
+// With mutex_ held.
+bool Engine::encodes(Element element) {
+  if (options_.zstd == nullptr) return false;
+  return !options_.adaptive || choice_.encodes(element);
+}
+
+StoredChunk Engine::write(PackWriter& pack, const Span& span, const Slot& slot,
                           PlanesEncoder* encoder, std::uint8_t* out) const {
-  for (const std::unique_ptr<Fence>& fence : staged.fences) fence->wait();
-  std::uint8_t* raw = staged.slot.data();
+  std::uint8_t* raw = slot.data();
   StoredChunk chunk{
       0, span.raw, span.raw, span.element, Encoding::kRaw, 0, xxh3_128(raw, span.raw)};
   const std::size_t encoded =

@@ -26,6 +26,7 @@
 #include <utility>
 #include <vector>
 
+#include "choice.h"
 #include "device.h"
 #include "error.h"
 #include "pack.h"
@@ -42,6 +43,7 @@ struct EngineOptions {
   int nice = 10;                     // of the workers
   bool direct_io = true;             // where the file system can
   std::shared_ptr<const Zstd> zstd;  // null: every chunk is stored raw
+  bool adaptive = false;             // encode only chunks that are written sooner so (see Choice)
 };
 
 // One chunk of the stream before it is written.
@@ -167,7 +169,8 @@ class Engine {
   void start();
   void work();
   void help_copy();
-  StoredChunk write(PackWriter& pack, const Span& span, Job::Staged& staged, PlanesEncoder* encoder,
+  bool encodes(Element element);
+  StoredChunk write(PackWriter& pack, const Span& span, const Slot& slot, PlanesEncoder* encoder,
                     std::uint8_t* out) const;
 
   // Constant after construction.
@@ -181,6 +184,7 @@ class Engine {
   std::condition_variable copies_;    // something to copy, or closing
   std::condition_variable progress_;  // a chunk was staged or written, or a job failed
   std::shared_ptr<Job> active_;
+  Choice choice_;
   bool closing_ = false;
 
   // Touched by create and close alone.

@@ -39,7 +39,7 @@ class Stager:
         self._chunk_size = config.chunk_size
         cores = _engine.available_processors()
         bound = config.host_memory or max(available_memory() // 4, 2 * config.chunk_size)
-        zstd = zstd_libraries() if config.codec == "planes" else []
+        zstd = [] if config.codec == "none" else zstd_libraries()
         if zstd and not _engine.has_zstd(zstd):
             _log.warning(
                 "no libzstd is found: chunks are stored as they are; install the zstandard package"
@@ -53,6 +53,7 @@ class Stager:
             nice=config.nice,
             direct_io=config.direct_io,
             zstd=zstd,
+            adaptive=config.codec == "auto",
         )
         self._planner = Planner(config.chunk_size)
 

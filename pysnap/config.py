@@ -102,10 +102,11 @@ SETTINGS = (
     ),
     Setting(
         "codec",
-        _one_of("planes", "none"),
-        "planes",
-        "planes",
-        "how chunks are encoded: `planes` (smaller), `none` (as they are)",
+        _one_of("auto", "planes", "none"),
+        "auto",
+        "auto",
+        "which chunks are encoded: `auto` (those that are written sooner so), `planes` (all, for "
+        "the smallest files), `none`",
     ),
     Setting(
         "chunk_size",
@@ -159,7 +160,7 @@ class Config:
 
     every: str | None
     host_memory: int | None
-    codec: Literal["planes", "none"]
+    codec: Literal["auto", "planes", "none"]
     chunk_size: int
     workers: int
     copy_threads: int
@@ -238,8 +239,8 @@ class Config:
             or self.host_memory < 2 * self.chunk_size
         ):
             refuse("host_memory", f"a number of bytes, at least two chunks ({2 * self.chunk_size})")
-        if self.codec not in ("planes", "none"):
-            refuse("codec", "planes or none")
+        if self.codec not in ("auto", "planes", "none"):
+            refuse("codec", "auto, planes or none")
         if self.on_error not in ("warn", "raise"):
             refuse("on_error", "warn or raise")
         if not isinstance(self.direct_io, bool):

@@ -44,7 +44,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) 
     assert reader.read_snapshot(tmp_path / "s").tensors()["x"].tobytes() == bits(tensor)
 
 
-@pytest.mark.parametrize("codec", ["planes", "none"])
+@pytest.mark.parametrize("codec", ["auto", "planes", "none"])
 def test_the_independent_reader_sees_the_same_values(
     tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,6 +251,28 @@ TEST(what_is_restored_is_what_was_captured) {
   }
 }
 
+TEST(an_adaptive_engine_tries_both_encodings) {
+  const TemporaryDirectory directory;
+  const State state = mixed_state();
+  std::size_t encoded[2] = {0, 0};
+  for (const bool adaptive : {false, true}) {
+    EngineOptions options = small_engine();
+    options.zstd = fixture::zstd();
+    options.adaptive = adaptive;
+    const std::shared_ptr<Engine> engine = Engine::create(options);
+    const std::shared_ptr<Job> job = begin(*engine, state);
+    const std::string path = directory / std::to_string(adaptive);
+    std::future<WrittenPack> written = write_pack_beside(*job, path);
+    CHECK(job->capture({}, nullptr));
+    const WrittenPack table = written.get();
+    for (const StoredChunk& chunk : table.chunks)
+      encoded[adaptive] += chunk.encoding == Encoding::kPlanes;
+    CHECK(read_back(path, table, state.stream().size()) == state.stream());
+  }
+  CHECK(encoded[true] > 0);
+  CHECK(encoded[true] < encoded[false]);
+}
+
 TEST(one_engine_takes_many_snapshots) {
   const TemporaryDirectory directory;
   EngineOptions options = small_engine();
