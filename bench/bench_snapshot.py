@@ -93,7 +93,12 @@ class ChildError(Exception):
 
 def measurements(plan: Plan) -> list[Measurement]:
     """Everything that is to be measured, in order."""
-    bounds = {peers.PYSNAP: None, peers.PYSNAP_RAW: None, peers.PYSNAP_BOUNDED: plan.bound}
+    bounds: dict[str, int | None] = {
+        peers.PYSNAP: None,
+        peers.PYSNAP_PLANES: None,
+        peers.PYSNAP_RAW: None,
+        peers.PYSNAP_BOUNDED: plan.bound,
+    }
     subjects = [*bounds, *(peers.PEERS[peer] for peer in plan.peers)]
 
     def saves(subject: str, repeats: int) -> Measurement:

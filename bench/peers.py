@@ -161,6 +161,7 @@ def _state_dict(parts: Parts) -> dict[str, Any]:
 
 
 PYSNAP = "pysnap"
+PYSNAP_PLANES = "pysnap, codec planes"
 PYSNAP_RAW = "pysnap, codec none"
 PYSNAP_BOUNDED = "pysnap, bounded"
 TORCH_SAVE = "torch.save"
@@ -173,9 +174,10 @@ def open_saver(subject: str, parts: Parts, directory: Path, host_memory: int | N
     """The way to save `parts` in `directory` that `subject` names. `host_memory` bounds pysnap's
     staging memory; None leaves it to pysnap."""
     makers: dict[str, Callable[[], Saver]] = {
-        PYSNAP: lambda: Pysnap(parts, directory, codec="planes", host_memory=host_memory),
+        PYSNAP: lambda: Pysnap(parts, directory, codec="auto", host_memory=host_memory),
+        PYSNAP_PLANES: lambda: Pysnap(parts, directory, codec="planes", host_memory=host_memory),
         PYSNAP_RAW: lambda: Pysnap(parts, directory, codec="none", host_memory=host_memory),
-        PYSNAP_BOUNDED: lambda: Pysnap(parts, directory, codec="planes", host_memory=host_memory),
+        PYSNAP_BOUNDED: lambda: Pysnap(parts, directory, codec="auto", host_memory=host_memory),
         TORCH_SAVE: lambda: TorchSave(parts, directory),
         DCP: lambda: Dcp(parts, directory),
     }

@@ -120,6 +120,9 @@ def bars(results: Results) -> list[Bar]:
         rows = zip(*(restored[name]["warm"] for name in times), strict=True) if restored else ()
         what = f"{subject}: restore / faster of {restores.SAFETENSORS}"
         found.append(Bar(what, 1, [ours / min(theirs) for ours, *theirs in rows]))
+        extra = results["restores"]["extra_memory"][subject] if results["restores"] else []
+        what = f"{subject}: extra memory of a restore / 64 MiB"
+        found.append(Bar(what, 1, [peak / MEMORY_MARGIN for peak in extra]))
     return found
 
 
@@ -255,10 +258,13 @@ def _training(results: Results) -> Table | None:
 def _restores(results: Results) -> Table | None:
     if not results["restores"]:
         return None
-    table = _table("Restoring into existing tensors, page cache warm", "", "first, ms", "ms")
+    title = "Restoring into existing tensors, page cache warm"
+    table = _table(title, "", "first, ms", "ms", "extra memory, GB")
     for name, times in _restore_times(results).items():
         warm = Spread.of(times["warm"]).show(_milliseconds)
-        table.add_row(name, _milliseconds(times["first"]), warm)
+        extra = results["restores"]["extra_memory"][name]
+        memory = f"{max(extra) / 1e9:.2f}" if extra else ""
+        table.add_row(name, _milliseconds(times["first"]), warm, memory)
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import peers
 import torch
+from memory import ExtraMemory
 from state import State
 from torch import Tensor
 
@@ -24,7 +24,7 @@ _STAGING = 64 * 2**20
 def measure(
     *, parameters: int, repeats: int, directory: str, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Seconds of each restore; every one is checked bit for bit.
+    """Seconds of each restore, and its extra memory in bytes; every one is checked bit for bit.
 
     `pysnap.Snapshotter.resume()` restores model and optimizer; safetensors, which knows neither,
     gets the same tensors under flat names.
@@ -44,7 +44,11 @@ def measure(
         subject: pysnap.Snapshotter(
             folder / codec, codec=codec, host_memory=_STAGING, **state.parts()
         )
-        for subject, codec in ((peers.PYSNAP, "planes"), (peers.PYSNAP_RAW, "none"))
+        for subject, codec in (
+            (peers.PYSNAP, "auto"),
+            (peers.PYSNAP_PLANES, "planes"),
+            (peers.PYSNAP_RAW, "none"),
+        )
     }
     for snapshotter in snapshotters.values():
         snapshotter.save().wait()
@@ -67,21 +71,25 @@ def measure(
         **{subject: snapshotter.resume for subject, snapshotter in snapshotters.items()},
     }
     seconds: dict[str, list[float]] = {name: [] for name in restores}
+    extra: dict[str, list[int]] = {name: [] for name in restores}
     for repetition in range(1 + repeats):
         tell(f"restore {repetition} of {repeats}" if repetition else "first restore")
         for name, restore in restores.items():
             for tensor in live.values():
                 tensor.zero_()
             _read(folder)
-            gc.collect()
+            memory = ExtraMemory()
             start = time.perf_counter()
             restore()
             seconds[name].append(time.perf_counter() - start)
+            peak = memory.peak()
+            extra[name] += [] if peak is None else [peak]
             _check(name, state.tensors(), live, expected)
     for snapshotter in snapshotters.values():
         snapshotter.close()
     return {
-        "times": {name: {"first": times[0], "warm": times[1:]} for name, times in seconds.items()}
+        "times": {name: {"first": times[0], "warm": times[1:]} for name, times in seconds.items()},
+        "extra_memory": extra,
     }
 
 
