@@ -287,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peers=options.peers,
     )
     name = options.name or ("quick" if quick else "snapshot")
-    console = Console()
+    # Without a terminal rich takes 80 columns, which cut the tables.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     with working_directory(options.dir, options.out) as directory:
         check_room(plan, directory)
         facts = machine.facts(directory)

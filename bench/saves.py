@@ -53,6 +53,7 @@ def measure(
         path = pending.wait()
         durable = time.perf_counter() - start
 
+        extra = memory.peak()
         if isinstance(saver, peers.Pysnap) and repetition == repeats:
             damages = len(verify(Snapshot.open(path)))
         rows.append(
@@ -65,7 +66,6 @@ def measure(
             }
         )
         peers.remove(path)
-    extra = memory.peak()
     saver.close()
     return {
         "first": rows[:1],

@@ -29,7 +29,8 @@ class Mapping {
 
   const std::uint8_t* data() const { return data_; }
   std::size_t size() const { return size_; }
-  // Whether these bytes are in the page cache, as far as the kernel tells. Page-aligned `offset`.
+  // Whether these bytes seem to be in the page cache: the kernel is asked about a few of their
+  // pages. Page-aligned `offset`.
   bool is_cached(std::size_t offset, std::size_t length) const;
   // Takes the pages out of this process's resident memory; they stay in the page cache. Whoever
   // reads meanwhile is not disturbed.

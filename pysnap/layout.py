@@ -7,6 +7,7 @@ stream and are read once.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -56,6 +57,7 @@ _NUMPY_ELEMENTS = {"f2": "f16", "f4": "f32", "f8": "f64", "c8": "f32", "c16": "f
 _NUMPY_INTEGERS = {2: "i16", 4: "i32", 8: "i64"}
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.float32` -> `"float32"`."""
     return str(dtype).removeprefix("torch.")

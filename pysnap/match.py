@@ -74,7 +74,9 @@ def _is_writable(leaf: Leaf) -> bool:
     new leaf otherwise."""
     if isinstance(leaf, np.ndarray):
         return bool(leaf.flags.c_contiguous and leaf.flags.writeable)
-    return all(stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True) if size > 1)
+    return leaf.is_contiguous() or all(
+        stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True) if size > 1
+    )
 
 
 def _places(

@@ -148,8 +148,8 @@ def discard(partial: Path) -> None:
 
 
 class Repository:
-    """The one writer of a repository. Not thread safe: the committing thread is the only one
-    that uses it after construction."""
+    """The one writer of a repository. Not thread safe: it belongs to the committing thread while a
+    snapshot is in flight, and to the training thread otherwise."""
 
     def __init__(self, root: Path) -> None:
         """Open or create the repository, take the writer lock and remove what dead writers left.

@@ -43,8 +43,8 @@ class Restore:
         self._targets: list[_Target] = []
         self._indirect: list[tuple[torch.Tensor, torch.Tensor]] = []
         records = snapshot.manifest.tensors
-        itemsizes = [_itemsize(record, snapshot) for record in records]
-        extents = [extent_of(record, size) for record, size in zip(records, itemsizes, strict=True)]
+        itemsizes = {dtype: _itemsize(dtype, snapshot) for dtype in {r.dtype for r in records}}
+        extents = [extent_of(record, itemsizes[record.dtype]) for record in records]
         _check_extents(extents, snapshot)
         for index, leaf in live.items():
             self._place(leaf, records[index], extents[index])
@@ -85,13 +85,11 @@ class Restore:
 
     def _place(self, leaf: Leaf, record: Record, extent: int) -> None:
         """A live leaf gets its bytes straight where it has them in the order of the stream."""
-        if isinstance(leaf, torch.Tensor):
-            leaf = leaf.detach()
-            if leaf.device.type != "cpu" or not _same_order(leaf, record):
-                staging = _new(record)
-                assert isinstance(staging, torch.Tensor)
-                self._indirect.append((leaf, staging))
-                leaf = staging
+        if isinstance(leaf, torch.Tensor) and not (leaf.is_cpu and _same_order(leaf, record)):
+            staging = _new(record)
+            assert isinstance(staging, torch.Tensor)
+            self._indirect.append((leaf.detach(), staging))
+            leaf = staging
         self._targets.append((record.at, _address(leaf), extent, _HOST))
 
 
@@ -117,23 +115,22 @@ def _same_order(tensor: torch.Tensor, record: Record) -> bool:
     return is_dense(tensor) and tensor.stride() == record.strides
 
 
-def _itemsize(record: Record, snapshot: Snapshot) -> int:
-    if _is_torch(record):
-        dtype = getattr(torch, record.dtype, None)
+def _itemsize(name: str, snapshot: Snapshot) -> int:
+    """Bytes of an element of the dtype that a record names."""
+    if name in TORCH_ELEMENTS:
+        dtype = getattr(torch, name, None)
         if dtype is None:
             raise MismatchError(
-                f"{snapshot.path} holds a tensor of dtype {record.dtype}, which this version of "
+                f"{snapshot.path} holds a tensor of dtype {name}, which this version of "
                 "torch does not have; use a newer torch"
             )
         return int(dtype.itemsize)
     try:
-        dtype = np.dtype(record.dtype)
+        dtype = np.dtype(name)
     except TypeError:
-        raise CorruptError(
-            f"{snapshot.path} holds a tensor of unknown dtype {record.dtype!r}"
-        ) from None
-    if dtype.hasobject or dtype.str != record.dtype:
-        raise CorruptError(f"{snapshot.path} holds a tensor of unknown dtype {record.dtype!r}")
+        raise CorruptError(f"{snapshot.path} holds a tensor of unknown dtype {name!r}") from None
+    if dtype.hasobject or dtype.str != name:
+        raise CorruptError(f"{snapshot.path} holds a tensor of unknown dtype {name!r}")
     return dtype.itemsize
 
 
@@ -230,7 +227,7 @@ def _name_tensors(message: str, chunk: int | None, snapshot: Snapshot) -> str:
         for path, index in tree.leaves(manifest.tree)
         if manifest.tensors[index].at < end
         and manifest.tensors[index].at
-        + extent_of(manifest.tensors[index], _itemsize(manifest.tensors[index], snapshot))
+        + extent_of(manifest.tensors[index], _itemsize(manifest.tensors[index].dtype, snapshot))
         > start
     ]
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

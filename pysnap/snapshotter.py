@@ -32,7 +32,7 @@ from pysnap.errors import (
 from pysnap.manifest import plain_json
 from pysnap.match import load_parts
 from pysnap.parts import as_part
-from pysnap.repository import Repository, Snapshot, list_snapshots, tell_skipped
+from pysnap.repository import Repository, Snapshot, tell_skipped
 from pysnap.retention import Keep
 
 _log = logging.getLogger("pysnap")
@@ -150,7 +150,7 @@ class Snapshotter:
         """
         self._check_open()
         self._committer.wait_idle()
-        listing = list_snapshots(self._repository.root)
+        listing = self._repository.list()
         skipped = listing.tell_damaged()
         touched = False
         for snapshot in listing.snapshots:
