@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -34,11 +34,21 @@ def load_state(snapshot: Snapshot) -> object:
 
 class Restore:
     """Where each record of a snapshot goes: `leaves[index]` is the live leaf that was given for it,
-    of its shape and dtype, or a new one. Nothing is written before `read()`."""
+    of its shape, or a new one. Nothing is written before `read()`."""
 
-    def __init__(self, snapshot: Snapshot, live: Mapping[int, Leaf] = MappingProxyType({})) -> None:
-        """Allocate the new leaves. Raises CorruptError for a record that cannot be, MismatchError
-        where live tensors share memory in another way than the snapshot's."""
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        live: Mapping[int, Leaf] = MappingProxyType({}),
+        *,
+        only: Collection[int] | None = None,
+    ) -> None:
+        """Allocate the new leaves; where `only` is given, of those records: the others are not
+        read, and have an empty array for a leaf. A live tensor of another dtype gets converted
+        values.
+
+        Raises CorruptError for a record that cannot be, MismatchError where live tensors share
+        memory in another way than the snapshot's."""
         self._snapshot = snapshot
         self._targets: list[_Target] = []
         self._indirect: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -49,7 +59,8 @@ class Restore:
         for index, leaf in live.items():
             self._place(leaf, records[index], extents[index])
         _check_overlap(self._targets, snapshot)
-        new = [index for index in range(len(records)) if index not in live]
+        wanted = range(len(records)) if only is None else sorted(only)
+        new = [index for index in wanted if index not in live]
         self.leaves: list[Leaf] = [live.get(index, _NOTHING) for index in range(len(records))]
         for index in new:
             if not _is_torch(records[index]) or not extents[index]:
@@ -108,7 +119,7 @@ def verify(snapshot: Snapshot) -> list[str]:
 
 
 def _same_order(tensor: torch.Tensor, record: Record) -> bool:
-    if tensor.is_conj() or tensor.is_neg():
+    if dtype_name(tensor.dtype) != record.dtype or tensor.is_conj() or tensor.is_neg():
         return False
     if record.strides is None:
         return tensor.is_contiguous()

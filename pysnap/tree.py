@@ -39,7 +39,7 @@ import torch
 
 from pysnap.errors import CorruptError, MismatchError, StateError
 
-__all__ = ["MAX_DEPTH", "Json", "decode", "encode", "join", "leaves"]
+__all__ = ["MAX_DEPTH", "Json", "covers", "decode", "encode", "join", "leaves"]
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
@@ -84,6 +84,12 @@ def join(path: str, key: object) -> str:
     The path of the root is "".
     """
     return f"{path}/{_part(key)}" if path else _part(key)
+
+
+def covers(name: str, path: str) -> bool:
+    """Whether `path` is `name` or lies under it: "model/head" covers "model/head",
+    "model/head/0" and "model/head.weight", but not "model/header"."""
+    return path == name or path.startswith((f"{name}/", f"{name}."))
 
 
 def leaves(node: Json) -> Iterator[tuple[str, int]]:
