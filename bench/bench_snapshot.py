@@ -95,6 +95,7 @@ def measurements(plan: Plan) -> list[Measurement]:
     """Everything that is to be measured, in order."""
     bounds: dict[str, int | None] = {
         peers.PYSNAP: None,
+        peers.PYSNAP_OVERLAP: None,
         peers.PYSNAP_PLANES: None,
         peers.PYSNAP_RAW: None,
         peers.PYSNAP_BOUNDED: plan.bound,

@@ -21,6 +21,9 @@ Parts = dict[str, Any]
 class Pending(Protocol):
     """A save that was asked for."""
 
+    def gate(self) -> None:
+        """Return when the next optimizer step may change the state."""
+
     def done(self) -> bool:
         """Whether its background part has ended."""
 
@@ -45,8 +48,15 @@ class Pysnap:
     """A Snapshotter that keeps every snapshot, so that no deletion falls into a measurement."""
 
     def __init__(
-        self, parts: Parts, directory: Path, *, codec: str, host_memory: int | None
+        self,
+        parts: Parts,
+        directory: Path,
+        *,
+        host_memory: int | None,
+        codec: str = "auto",
+        overlap: bool = False,
     ) -> None:
+        self._overlap = overlap
         self._snapshotter = pysnap.Snapshotter(
             directory / "repository",
             keep=pysnap.Keep(last=None),
@@ -57,7 +67,7 @@ class Pysnap:
 
     def save(self) -> Pending:
         self._snapshotter.progress.step += 1
-        return _PysnapPending(self._snapshotter.save())
+        return _PysnapPending(self._snapshotter.save(overlap=self._overlap))
 
     def wait_ready(self) -> None:
         self._snapshotter.wait_ready()
@@ -69,6 +79,9 @@ class Pysnap:
 class _PysnapPending:
     def __init__(self, handle: pysnap.Handle) -> None:
         self._handle = handle
+
+    def gate(self) -> None:
+        self._handle.gate()
 
     def done(self) -> bool:
         return self._handle.done()
@@ -101,6 +114,9 @@ class TorchSave:
 class _TorchSavePending:
     def __init__(self, path: Path) -> None:
         self._path = path
+
+    def gate(self) -> None:
+        """It is done."""
 
     def done(self) -> bool:
         return True
@@ -147,6 +163,9 @@ class _DcpPending:
         self._future = future
         self._path = path
 
+    def gate(self) -> None:
+        """The default stager has copied everything."""
+
     def done(self) -> bool:
         return self._future.done()
 
@@ -164,6 +183,7 @@ PYSNAP = "pysnap"
 PYSNAP_PLANES = "pysnap, codec planes"
 PYSNAP_RAW = "pysnap, codec none"
 PYSNAP_BOUNDED = "pysnap, bounded"
+PYSNAP_OVERLAP = "pysnap, overlap"
 TORCH_SAVE = "torch.save"
 DCP = "DCP async_save"
 PEERS = {"torch.save": TORCH_SAVE, "dcp": DCP}
@@ -174,10 +194,11 @@ def open_saver(subject: str, parts: Parts, directory: Path, host_memory: int | N
     """The way to save `parts` in `directory` that `subject` names. `host_memory` bounds pysnap's
     staging memory; None leaves it to pysnap."""
     makers: dict[str, Callable[[], Saver]] = {
-        PYSNAP: lambda: Pysnap(parts, directory, codec="auto", host_memory=host_memory),
+        PYSNAP: lambda: Pysnap(parts, directory, host_memory=host_memory),
+        PYSNAP_OVERLAP: lambda: Pysnap(parts, directory, overlap=True, host_memory=host_memory),
         PYSNAP_PLANES: lambda: Pysnap(parts, directory, codec="planes", host_memory=host_memory),
         PYSNAP_RAW: lambda: Pysnap(parts, directory, codec="none", host_memory=host_memory),
-        PYSNAP_BOUNDED: lambda: Pysnap(parts, directory, codec="auto", host_memory=host_memory),
+        PYSNAP_BOUNDED: lambda: Pysnap(parts, directory, host_memory=host_memory),
         TORCH_SAVE: lambda: TorchSave(parts, directory),
         DCP: lambda: Dcp(parts, directory),
     }

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 WARM_CAPTURE = 1.10
 """Times the best memcpy of the same bytes in the same repetition."""
+OVERLAPPED_CAPTURE = 0.10
+"""The same, where forward and backward take three times the copy."""
 MEMORY_MARGIN = 64 * 2**20
 """Beside the staging budget: what encoders, threads and tables may take."""
 FOREIGN_CPU = 0.1
@@ -106,6 +108,9 @@ def bars(results: Results) -> list[Bar]:
         found.append(Bar(f"{subject}: warm capture / best memcpy", WARM_CAPTURE, warm))
         first = blocked_ratios(result["first"]) if result else []
         found.append(Bar(f"{subject}: first capture / best memcpy", WARM_CAPTURE, first))
+    overlapped = saves.get(peers.PYSNAP_OVERLAP)
+    blocked = blocked_ratios(overlapped["warm"]) if overlapped else []
+    found.append(Bar(f"{peers.PYSNAP_OVERLAP}: blocked / best memcpy", OVERLAPPED_CAPTURE, blocked))
     for subject in (peers.PYSNAP, peers.PYSNAP_RAW, peers.PYSNAP_BOUNDED):
         result = saves.get(subject)
         known = result and result["extra_memory"] is not None

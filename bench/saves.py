@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import peers
+import torch
 from floors import MemcpyFloor, write_floor
 from memory import ExtraMemory
 from state import State
@@ -16,6 +17,17 @@ from state import State
 from pysnap.memory import available_memory
 from pysnap.repository import Snapshot
 from pysnap.restore import verify
+
+FORWARD_AND_BACKWARD = 3
+"""Times the copy: how long training computes between a save and the optimizer's step."""
+
+
+def compute(seconds: float) -> None:
+    """Multiply matrices with torch's threads for so long."""
+    matrix = torch.ones(1024, 1024)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        torch.mm(matrix, matrix)
 
 
 def measure(
@@ -50,6 +62,11 @@ def measure(
         start = time.perf_counter()
         pending = saver.save()
         blocked = time.perf_counter() - start
+        if subject == peers.PYSNAP_OVERLAP:
+            compute(FORWARD_AND_BACKWARD * min(copied.values()))
+            at_gate = time.perf_counter()
+            pending.gate()
+            blocked += time.perf_counter() - at_gate
         path = pending.wait()
         durable = time.perf_counter() - start
 

@@ -319,6 +319,26 @@ PYBIND11_MODULE(_engine, module) {
   module.def(
       "has_zstd", [](const std::vector<std::string>& names) { return open_zstd(names) != nullptr; },
       py::arg("names"));
+  module.def(
+      "call_in_main_thread",
+      [](py::function call) {
+        PyObject* argument = call.release().ptr();
+        const auto run = [](void* pointer) {
+          const py::object owned =
+              py::reinterpret_steal<py::object>(static_cast<PyObject*>(pointer));
+          try {
+            owned();
+            return 0;
+          } catch (py::error_already_set& error) {
+            error.restore();
+            return -1;
+          }
+        };
+        if (Py_AddPendingCall(run, argument) == 0) return true;
+        Py_DECREF(argument);
+        return false;
+      },
+      py::arg("call"));
   module.def("available_processors", &available_processors);
   module.def("simd_path", [] { return simd_path_name(best_simd_path()); });
 }

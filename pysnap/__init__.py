@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 from pysnap._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from pysnap.auditing import Audit as Audit
+    from pysnap.auditing import Difference as Difference
+    from pysnap.auditing import audit as audit
     from pysnap.commit import Handle as Handle
     from pysnap.commit import SnapshotInfo as SnapshotInfo
     from pysnap.commit import Stats as Stats
@@ -20,15 +23,25 @@ if TYPE_CHECKING:
     from pysnap.errors import NotFoundError as NotFoundError
     from pysnap.errors import StateError as StateError
     from pysnap.errors import StorageError as StorageError
+    from pysnap.errors import TornError as TornError
     from pysnap.files import load as load
+    from pysnap.files import open_view
     from pysnap.files import save as save
     from pysnap.loader import resumable as resumable
+    from pysnap.progress import Progress as Progress
     from pysnap.retention import Keep as Keep
-    from pysnap.snapshotter import Progress as Progress
     from pysnap.snapshotter import Snapshotter as Snapshotter
+    from pysnap.view import Entry as Entry
+    from pysnap.view import View as View
+
+    open = open_view
 
 # Imported on first use, so that the engine, the reader and the command line load without torch.
+# "module:name" where the name at home differs: no module of pysnap hides the builtin `open`.
 _HOME = {
+    "Audit": "auditing",
+    "Difference": "auditing",
+    "audit": "auditing",
     "BusyError": "errors",
     "ClosedError": "errors",
     "ConfigError": "errors",
@@ -39,15 +52,19 @@ _HOME = {
     "NotFoundError": "errors",
     "StateError": "errors",
     "StorageError": "errors",
+    "TornError": "errors",
     "load": "files",
+    "open": "files:open_view",
     "save": "files",
     "resumable": "loader",
     "Keep": "retention",
     "Handle": "commit",
-    "Progress": "snapshotter",
+    "Progress": "progress",
     "SnapshotInfo": "commit",
     "Snapshotter": "snapshotter",
     "Stats": "commit",
+    "Entry": "view",
+    "View": "view",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
@@ -58,6 +75,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'pysnap' has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f"pysnap.{_HOME[name]}"), name)
+    module, _, other_name = _HOME[name].partition(":")
+    value = getattr(import_module(f"pysnap.{module}"), other_name or name)
     globals()[name] = value
     return value

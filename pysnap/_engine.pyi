@@ -1,7 +1,7 @@
 """Types of the C++ engine. It deals in addresses and chunks; layout.py and restore.py give them
 meaning."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,5 +74,9 @@ def verify(
 ) -> list[tuple[int, str]]: ...
 def digest(data: Buffer) -> str: ...
 def has_zstd(names: Sequence[str]) -> bool: ...
+def call_in_main_thread(call: Callable[[], object]) -> bool:
+    """Have `call` made by the main thread between two of its instructions; False while too many
+    wait for that. What it raises is raised there."""
+
 def available_processors() -> int: ...
 def simd_path() -> str: ...

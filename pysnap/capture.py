@@ -10,16 +10,22 @@ import logging
 import os
 import threading
 import uuid
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pysnap import _engine, tree
 from pysnap.config import Config
+from pysnap.errors import TornError
 from pysnap.layout import Leaf, Plan, Planner
 from pysnap.manifest import Manifest
 from pysnap.memory import available_memory
 
 _log = logging.getLogger("pysnap")
+
+_POLL_SECONDS = 0.02
 
 
 def zstd_libraries() -> list[str]:
@@ -57,29 +63,40 @@ class Stager:
         )
         self._planner = Planner(config.chunk_size)
 
-    def prepare(self, state: object, *, growth: int) -> None:
+    def prepare(self, state: object, *, lazy: Collection[int], growth: int) -> None:
         """Plan the capture of `state`, and have staging memory for it and `growth` more bytes made
         ready in the background, as far as the bound allows. Raises StateError for what cannot be
         stored."""
-        _, plan = self._plan(state)
+        _, plan, _ = self._plan(state, lazy)
         self._engine.reserve(plan.stream + growth)
 
     def wait_reserved(self) -> None:
         """Block until that memory is ready."""
         self._engine.wait_reserved()
 
-    def begin(self, state: object) -> Capture:
-        """Plan the capture of `state`. Nothing is copied yet. Raises StateError for what cannot
-        be stored."""
-        encoded, plan = self._plan(state)
-        job = self._engine.begin(plan.extents, plan.spans, plan.eager)
-        return Capture(encoded, plan, job, self._chunk_size)
+    def begin(
+        self, state: object, *, lazy: Collection[int] = frozenset(), overlap: bool = False
+    ) -> Capture:
+        """Plan the capture of `state`. Nothing is copied yet. With `overlap`, the tensors at the
+        addresses `lazy` may be copied after `Capture.copy` returns, until `Capture.gate`. Raises
+        StateError for what cannot be stored."""
+        encoded, plan, leaves = self._plan(state, lazy)
+        eager = plan.eager if overlap else len(plan.spans)
+        job = self._engine.begin(plan.extents, plan.spans, eager)
+        guarded = [
+            (path, leaf)
+            for path, leaf in (leaves if eager < len(plan.spans) else ())
+            if isinstance(leaf, torch.Tensor) and leaf.data_ptr() in lazy
+        ]
+        return Capture(encoded, plan, job, self._chunk_size, _Guard(guarded))
 
     def close(self) -> None:
         """Abort what is in flight and join the threads; safe to repeat."""
         self._engine.close()
 
-    def _plan(self, state: object) -> tuple[tree.Json, Plan]:
+    def _plan(
+        self, state: object, lazy: Collection[int]
+    ) -> tuple[tree.Json, Plan, list[tuple[str, Leaf]]]:
         leaves: list[tuple[str, Leaf]] = []
 
         def put(path: str, leaf: Leaf) -> int:
@@ -87,28 +104,47 @@ class Stager:
             return len(leaves) - 1
 
         encoded = tree.encode(state, put)
-        return encoded, self._planner.plan(leaves)
+        return encoded, self._planner.plan(leaves, lazy), leaves
 
 
 class Capture:
-    """One snapshot on its way. `copy` is for the training thread, `write` for the committing
-    one; they run side by side."""
+    """One snapshot on its way. `copy` and `gate` are for the training thread, `write` for the
+    committing one; they run side by side."""
 
-    def __init__(self, encoded: tree.Json, plan: Plan, job: _engine.Job, chunk_size: int) -> None:
+    def __init__(
+        self,
+        encoded: tree.Json,
+        plan: Plan,
+        job: _engine.Job,
+        chunk_size: int,
+        guard: _Guard,
+    ) -> None:
         self._tree = encoded
         self._records = plan.records
         self._keep: list[Leaf] = plan.keep
         self._job = job
         self._chunk_size = chunk_size
+        self._guard = guard
         self._copied = threading.Event()
 
     def copy(self) -> None:
-        """Return when the bytes have been read, or the job has failed; `write` tells a failure."""
+        """Return when the bytes have been read that may not wait, or the job has failed; `write`
+        tells a failure."""
         try:
             self._job.capture()
         finally:
             self._copied.set()
-            self._keep = []
+
+    def gate(self) -> None:
+        """Return when every byte has been read: before it, nothing may change what is copied
+        lazily. Safe to repeat; `write` tells a failure."""
+        if not self._guard.settled():
+            self._job.gate()
+            self._guard.look()
+
+    def wait_staged(self, timeout: float | None) -> bool:
+        """Wait until every byte has been read, or the job has failed; False after `timeout` s."""
+        return self._job.wait_staged(timeout)
 
     def write(
         self, directory: Path, *, step: int, sequence: int, metadata: dict[str, Any]
@@ -119,6 +155,8 @@ class Capture:
         self._job.wait_written()
         # What follows holds the GIL, which the training thread needs to return from the capture.
         self._copied.wait()
+        self._guard.settle()
+        self._keep = []
         chunks, size = self._job.finish()
         return Manifest(
             id=uuid.uuid4().hex,
@@ -136,4 +174,55 @@ class Capture:
     def abort(self) -> None:
         """Give up; safe at any time."""
         self._copied.set()
+        self._guard.release()
         self._job.abort()
+        self._keep = []
+
+
+class _Guard:
+    """Tensors that nothing may change before a capture has read them, told by torch's count of the
+    changes of each.
+
+    An operation changes the bytes first and the count afterwards, so the counts say something only
+    where no operation is under way: in the training thread, which must be the main thread.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._tensors = [(path, tensor, tensor._version) for path, tensor in tensors]
+        self._changed: str | None = None
+        self._settled = threading.Event()  # set after _changed
+        if not self._tensors:
+            self._settled.set()
+
+    def settled(self) -> bool:
+        """Whether it is known if a tensor changed."""
+        return self._settled.is_set()
+
+    def look(self) -> None:
+        """Find out whether a tensor changed until now; later changes do not matter. For the main
+        thread."""
+        if not self._settled.is_set():
+            changed = (path for path, tensor, before in self._tensors if tensor._version != before)
+            self._changed = next(changed, None)
+            self._settled.set()
+
+    def release(self) -> None:
+        """Nobody needs to know any more."""
+        self._settled.set()
+
+    def settle(self) -> None:
+        """Wait until it is known whether a tensor changed while it was read; everything has been
+        read. Raises TornError if one did. For another thread than the main one."""
+        asked = self._settled.is_set()
+        while not self._settled.is_set():
+            # Between two of its instructions, the main thread has no operation under way.
+            asked = asked or _engine.call_in_main_thread(self.look)
+            if not threading.main_thread().is_alive():
+                # The program has ended: nothing changes tensors any more.
+                self.look()
+            self._settled.wait(_POLL_SECONDS)
+        if self._changed is not None:
+            raise TornError(
+                f"{self._changed} changed before the optimizer's step, while it was being copied; "
+                "use overlap=False, which copies everything before training goes on"
+            )

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pysnap.best import Best
 from pysnap.capture import Capture
 from pysnap.errors import Error
+from pysnap.notes import Notes
 from pysnap.repository import Repository, Snapshot, discard
 from pysnap.retention import Keep, removable
 
@@ -55,6 +57,7 @@ class Handle:
         self._stall = 0.0
         self._staged = threading.Event()  # set after _stall
         self._done = threading.Event()  # set after _error or _info
+        self._capture: Capture | None = None
         self._error: BaseException | None = None
         self._info: SnapshotInfo | None = None
         self._told = False  # whether the failure has been raised
@@ -63,12 +66,33 @@ class Handle:
         """Whether it is durable or has failed."""
         return self._done.is_set()
 
+    @property
+    def error(self) -> BaseException | None:
+        """Why the snapshot failed; None while it has not."""
+        return self._error
+
     def wait_staged(self, timeout: float | None = None) -> bool:
         """Wait until the state is captured or the snapshot has failed; False after `timeout` s."""
-        return self._staged.wait(timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self._staged.wait(timeout):
+            return False
+        capture = self._capture
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return capture is None or capture.wait_staged(left)
+
+    def gate(self) -> None:
+        """Let nothing pass that may change what is still to be copied: return when all is. For the
+        training thread."""
+        capture = self._capture
+        if capture is not None:
+            start = time.monotonic()
+            capture.gate()
+            self._stall += time.monotonic() - start
 
     def wait(self, timeout: float | None = None) -> SnapshotInfo:
         """Wait until it is durable. Raises its failure, or TimeoutError after `timeout` seconds."""
+        if threading.current_thread() is threading.main_thread():
+            self.gate()
         if not self._done.wait(timeout):
             raise TimeoutError(f"the snapshot of step {self.step} is not durable after {timeout} s")
         if self._error is not None:
@@ -91,14 +115,19 @@ class Committer:
         self,
         repository: Repository,
         keep: Keep,
+        best: Best | None,
         on_durable: Callable[[SnapshotInfo], None] | None,
     ) -> None:
         self._repository = repository
         self._keep = keep
+        self._best = best
         self._on_durable = on_durable
         self._threads: list[threading.Thread] = []  # the last may still tell on_durable
         self.newest: Handle | None = None
         """The snapshot that was asked for last."""
+        self.parent: str | None = None
+        """Id of the snapshot from which the run goes on: the last durable one, or the one that was
+        put back since. Looked at while no snapshot is in flight."""
         self._lock = threading.Lock()
         self._stats = Stats()  # guarded by _lock
 
@@ -106,7 +135,13 @@ class Committer:
         """Whether a snapshot is in flight."""
         return self.newest is not None and not self.newest.done()
 
-    def take(self, handle: Handle, begin: Callable[[], Capture], metadata: dict[str, Any]) -> None:
+    def take(
+        self,
+        handle: Handle,
+        begin: Callable[[], Capture],
+        metadata: dict[str, Any],
+        notes: Notes,
+    ) -> None:
         """Capture, and commit in the background; blocks for the capture.
 
         A failure is the handle's, not the caller's. What is raised here is not pysnap's: Ctrl-C, or
@@ -120,8 +155,9 @@ class Committer:
         # Ctrl-C may come at any line of this: whatever waits for the capture must be told.
         try:
             capture = begin()
+            handle._capture = capture
             thread = threading.Thread(
-                target=self._run, args=(handle, capture, metadata), name="pysnap-commit"
+                target=self._run, args=(handle, capture, metadata, notes), name="pysnap-commit"
             )
             starting = True
             self._start(thread)
@@ -149,10 +185,13 @@ class Committer:
     def wait_idle(self) -> None:
         """Wait until the snapshot in flight is durable or has failed."""
         if self.newest is not None:
+            self.newest.gate()
             self.newest._done.wait()
 
     def close(self) -> None:
         """Wait until the last snapshot is done and told."""
+        if self.newest is not None and threading.current_thread() is threading.main_thread():
+            self.newest.gate()
         for thread in self._threads:
             # A Snapshotter in a reference cycle may be collected by the committing thread itself.
             if thread is not threading.current_thread():
@@ -168,9 +207,11 @@ class Committer:
         with self._lock:
             return replace(self._stats)
 
-    def _run(self, handle: Handle, capture: Capture, metadata: dict[str, Any]) -> None:
+    def _run(
+        self, handle: Handle, capture: Capture, metadata: dict[str, Any], notes: Notes
+    ) -> None:
         try:
-            snapshot = self._commit(handle.step, capture, metadata)
+            snapshot = self._commit(handle.step, capture, metadata, notes)
         except BaseException as error:
             self._fail(handle, error)
             return
@@ -179,6 +220,7 @@ class Committer:
             self._retain()
         finally:
             handle._staged.set()
+            handle._capture = None
             handle._done.set()
         if self._on_durable is not None:
             try:
@@ -186,13 +228,17 @@ class Committer:
             except Exception:
                 _log.exception("on_durable failed for the snapshot of step %d", handle.step)
 
-    def _commit(self, step: int, capture: Capture, metadata: dict[str, Any]) -> Snapshot:
+    def _commit(
+        self, step: int, capture: Capture, metadata: dict[str, Any], notes: Notes
+    ) -> Snapshot:
         partial: Path | None = None
         try:
             partial = self._repository.begin()
             sequence = self._repository.next_sequence()
             manifest = capture.write(partial, step=step, sequence=sequence, metadata=metadata)
-            return self._repository.commit(partial, manifest)
+            snapshot = self._repository.commit(partial, manifest, notes)
+            self.parent = manifest.id
+            return snapshot
         except BaseException:
             capture.abort()
             if partial is not None:
@@ -221,7 +267,9 @@ class Committer:
     def _retain(self) -> None:
         """A snapshot that cannot be removed does not make the newest one a failure."""
         try:
-            for snapshot in removable(self._repository.list().snapshots, self._keep):
+            snapshots = self._repository.list().snapshots
+            held = self._repository.held()
+            for snapshot in removable(snapshots, self._keep, best=self._best, held=held):
                 self._repository.delete(snapshot.path)
         except Exception as error:
             _log.error("old snapshots could not be removed: %s", error)
@@ -234,4 +282,5 @@ class Committer:
             _log.error("the snapshot of step %d failed: %s", handle.step, error)
         finally:
             handle._staged.set()
+            handle._capture = None
             handle._done.set()

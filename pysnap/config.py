@@ -1,7 +1,7 @@
 """Settings: default < environment variable < explicit argument.
 
-`PYSNAP_EVERY` is the exception: it wins over the argument, so that the cadence of a program can
-be changed from outside.
+`PYSNAP_EVERY` and `PYSNAP_RESUME` are the exceptions: they win over the argument, so that the
+cadence and the beginning of a program can be changed from outside.
 """
 
 from __future__ import annotations
@@ -93,6 +93,23 @@ SETTINGS = (
         environment_wins=True,
     ),
     Setting(
+        "resume",
+        str,
+        None,
+        "newest",
+        "which snapshot `resume()` puts back: `newest`, `best`, `step=N`, `tag=NAME`, a path, or "
+        "`off` for a fresh start; wins over the argument",
+        environment_wins=True,
+    ),
+    Setting(
+        "overlap",
+        parse_switch,
+        True,
+        "on",
+        "whether what the registered optimizers alone change is copied while the next step runs, "
+        "up to the optimizer's own; else the step waits for the whole copy",
+    ),
+    Setting(
         "host_memory",
         parse_size,
         None,
@@ -159,6 +176,8 @@ class Config:
     None mean automatic."""
 
     every: str | None
+    resume: str | None
+    overlap: bool
     host_memory: int | None
     codec: Literal["auto", "planes", "none"]
     chunk_size: int
@@ -243,8 +262,9 @@ class Config:
             refuse("codec", "auto, planes or none")
         if self.on_error not in ("warn", "raise"):
             refuse("on_error", "warn or raise")
-        if not isinstance(self.direct_io, bool):
-            refuse("direct_io", "True or False")
+        for name in ("overlap", "direct_io"):
+            if not isinstance(getattr(self, name), bool):
+                refuse(name, "True or False")
 
 
 def _parse(setting: Setting, text: str, where: str) -> Any:

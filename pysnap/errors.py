@@ -49,6 +49,10 @@ class CorruptError(Error):
     """Stored bytes are damaged; the message names the file and, where known, the tensor."""
 
 
+class TornError(Error):
+    """A tensor changed while it was being captured; the message names it."""
+
+
 class MismatchError(Error):
     """The snapshot does not fit the live objects; the message lists every difference."""
 

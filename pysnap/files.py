@@ -1,15 +1,16 @@
-"""Snapshots without a training loop: one directory written, one read."""
+"""Snapshots without a training loop: one directory written, one read, in whole or in part."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pysnap.capture import Stager
 from pysnap.config import Config
-from pysnap.errors import CorruptError, NotFoundError, StorageError
+from pysnap.errors import ConfigError, CorruptError, NotFoundError, StorageError
 from pysnap.manifest import plain_json
 from pysnap.repository import (
     Snapshot,
@@ -21,6 +22,9 @@ from pysnap.repository import (
     tell_skipped,
 )
 from pysnap.restore import load_state
+from pysnap.view import View
+
+_Read = TypeVar("_Read")
 
 # A reader lists again when the writer removed what was listed; more often than this is no accident.
 _ATTEMPTS = 10
@@ -52,22 +56,55 @@ def save(
         stager.close()
 
 
-def load(path: str | os.PathLike[str]) -> Any:
-    """The whole state of a snapshot, or of the newest intact one of a repository, with new tensors
-    on the CPU.
+def load(path: str | os.PathLike[str], only: Iterable[str] | None = None) -> Any:
+    """The state of a snapshot, or of the newest intact one of a repository, with new tensors on the
+    CPU.
 
-    Raises NotFoundError where there is none, CorruptError where none is intact, FormatError for
-    an unknown format.
+    With `only`, just what these names select, and only the chunks that hold it are read: "model"
+    selects everything under it, "model/encoder" also "model/encoder.weight". Dicts keep the entries
+    on the way; a list or tuple of which a part is selected stays whole.
+
+    Raises NotFoundError where there is no snapshot or a name selects nothing, CorruptError where
+    none is intact, FormatError for an unknown format.
     """
+    names = None if only is None else _names(only)
+    return _newest(path, lambda snapshot: load_state(snapshot, names))
+
+
+def open_view(path: str | os.PathLike[str]) -> View:
+    """The tensors of a snapshot, or of the newest readable one of a repository, by name; each is
+    read when it is indexed, and only then.
+
+        weight = pysnap.open("runs/gpt")["model/embedding.weight"]
+        weight.shape, weight.dtype
+        weight[1000:1010]          # reads the chunks that hold these rows
+
+    Raises as `load` does.
+    """
+    # Absolute: a program may change its directory.
+    return _newest(Path(path).absolute(), View)
+
+
+def _names(only: Iterable[str]) -> list[str]:
+    names = list(only)
+    # A single string would be taken as a list of its letters.
+    if isinstance(only, str) or not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f'only must be a list of names, such as ["model"], not {only!r}')
+    return names
+
+
+def _newest(path: str | os.PathLike[str], read: Callable[[Snapshot], _Read]) -> _Read:
+    """What `read` makes of the snapshot at `path`, or of the newest in the repository there of
+    which it can make anything; tells what it skips."""
     root = Path(path)
     if is_snapshot(root):
-        return load_state(Snapshot.open(root))
+        return read(Snapshot.open(root))
     for _ in range(_ATTEMPTS):
         listing = list_snapshots(root)
         skipped = listing.tell_damaged()
         for snapshot in listing.snapshots:
             try:
-                return load_state(snapshot)
+                return read(snapshot)
             except (CorruptError, StorageError) as error:
                 # The writer's retention may have removed it since it was listed.
                 if os.path.lexists(snapshot.path):

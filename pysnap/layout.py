@@ -1,15 +1,17 @@
 """Where each tensor's bytes lie in the stream, and how the stream is cut into chunks.
 
-The bytes of one element type stand together, so that a chunk holds one; within a type, tensors
-keep the order of the tree. Tensors that share memory (tied weights, views) share bytes of the
-stream and are read once.
+Bytes that may be copied lazily stand behind all others. The bytes of one element type stand
+together, so that a chunk holds one; within a type, tensors keep the order of the tree. Tensors that
+share memory (tied weights, views) share bytes of the stream and are read once.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -98,9 +100,9 @@ class _Source:
 class Plan:
     """Everything that a capture needs, and what the manifest says of it.
 
-    `extents` and `spans` are tables for the engine; `records[i]` describes leaf i; `keep` holds
-    whatever must stay alive until the bytes have been read (the leaves, and copies of those that
-    have gaps).
+    `extents` and `spans` are tables for the engine, and the first `eager` chunks are to be copied
+    at once; `records[i]` describes leaf i; `keep` holds whatever must stay alive until the bytes
+    have been read (the leaves, and copies of those that have gaps).
     """
 
     records: list[Record]
@@ -119,16 +121,18 @@ class Planner:
         self._plan: Plan | None = None
         # Of the leaves of _plan; None where one had to be copied, for the copy is new every time.
         self._fingerprints: list[_Fingerprint] | None = None
+        self._lazy: Collection[int] = frozenset()
 
-    def plan(self, leaves: list[tuple[str, Leaf]]) -> Plan:
-        """The plan for these (path, leaf) pairs. Raises StateError for a type that cannot be
-        stored."""
+    def plan(self, leaves: list[tuple[str, Leaf]], lazy: Collection[int] = frozenset()) -> Plan:
+        """The plan for these (path, leaf) pairs; those at the addresses `lazy` may be copied later
+        than the others. Raises StateError for a type that cannot be stored."""
         fingerprints = [_fingerprint(leaf) for _, leaf in leaves]
-        if self._plan is not None and fingerprints == self._fingerprints:
+        if self._plan is not None and fingerprints == self._fingerprints and lazy == self._lazy:
             return replace(self._plan, keep=[leaf for _, leaf in leaves])
         contiguous = [(path, _contiguous(leaf)) for path, leaf in leaves]
         sources = [_source(path, leaf) for path, leaf in contiguous]
-        plan = _lay_out(sources, self._chunk_size)
+        plan = _lay_out(sources, self._chunk_size, lazy)
+        self._lazy = lazy
         in_place = all(
             source.address == fingerprint[0]
             for source, fingerprint in zip(sources, fingerprints, strict=True)
@@ -181,25 +185,28 @@ def _source(path: str, leaf: Leaf) -> _Source:
     )
 
 
-def _lay_out(sources: list[_Source], chunk_size: int) -> Plan:
+def _lay_out(sources: list[_Source], chunk_size: int, lazy: Collection[int]) -> Plan:
     runs = _merge(sources)
+    for run in runs:
+        run.lazy = all(sources[index].address in lazy for index in run.members)
     # Python's sort is stable: within an element type, the order of the tree.
-    runs.sort(key=lambda run: (ELEMENTS.index(run.element), run.first))
+    runs.sort(key=lambda run: (run.lazy, ELEMENTS.index(run.element), run.first))
     offsets: dict[int, int] = {}
     spans: list[tuple[int, int]] = []
+    eager = 0
     at = 0
-    for element in ELEMENTS:
+    for (is_lazy, element), members in groupby(runs, key=lambda run: (run.lazy, run.element)):
         length = 0
-        for run in runs:
-            if run.element == element:
-                for index in run.members:
-                    offsets[index] = at + length + sources[index].address - run.start
-                length += run.end - run.start
+        for run in members:
+            for index in run.members:
+                offsets[index] = at + length + sources[index].address - run.start
+            length += run.end - run.start
         at += length
         cut = [chunk_size] * (length // chunk_size) + (
             [length % chunk_size] if length % chunk_size else []
         )
         spans += [(size, ELEMENTS.index(element)) for size in cut]
+        eager = eager if is_lazy else len(spans)
     records = [
         Record(
             source.record.dtype, source.record.shape, offsets.get(index, 0), source.record.strides
@@ -212,7 +219,7 @@ def _lay_out(sources: list[_Source], chunk_size: int) -> Plan:
             [(run.start, run.end - run.start, run.device) for run in runs], dtype=_engine.EXTENT
         ),
         spans=np.array(spans, dtype=_engine.SPAN),
-        eager=len(spans),
+        eager=eager,
         stream=at,
         keep=[],
     )
@@ -228,6 +235,7 @@ class _Run:
     element: str
     first: int
     members: list[int]
+    lazy: bool = False
 
 
 def _merge(sources: list[_Source]) -> list[_Run]:

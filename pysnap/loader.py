@@ -1,9 +1,9 @@
 """Data loaders that go on at the batch at which a snapshot was taken.
 
-`resumable(DataLoader(...))` gives a plain, map-style DataLoader `state_dict()` and
-`load_state_dict()`. It delivers the same batches and draws the same random numbers as the
-DataLoader itself. A StatefulDataLoader of torchdata has both methods already; `as_part` corrects
-what they leave out.
+`resumable(DataLoader(...))` gives a plain DataLoader, over a map-style or an iterable dataset,
+`state_dict()` and `load_state_dict()`. It delivers the same batches and draws the same random
+numbers as the DataLoader itself. A StatefulDataLoader of torchdata has both methods already;
+`as_part` corrects what they leave out.
 
 **What the state holds.** The position is the number of batches delivered to the caller in the
 current epoch; batches that were only prefetched do not count. With it go the random states from
@@ -17,6 +17,23 @@ puts every random state back. A checksum of the drawn indices shows whether the 
 itself; if it did not, `iter()` raises MismatchError. So a sampler has to be a function of its
 arguments, of `set_epoch`, and of random generators: the global ones, or such as are attributes of
 it. Other state that a sampler keeps from one epoch to the next is its owner's to save.
+
+**An IterableDataset** has no indices to pass over, so that the first `iter()` makes the delivered
+batches again and drops them: it costs the reading of what is passed over, by as many workers. They
+are made under the random states that they were made under, in workers from the same seeds, and by
+calls of the same functions in the same order. So the rest is exact:
+
+- with workers, whatever draws random numbers there, the order, the items or `collate_fn`;
+- without workers, what the dataset draws before its first item, or from generators of its own
+  (its attributes, or made in `__iter__`), and the random augmentation of items. An order that is
+  drawn in mid-epoch from a generator that training draws from too is not repeated, and no checksum
+  shows it: the items would have to be equal, augmentation included.
+
+Other state that the dataset keeps is its owner's to save, and so is what persistent workers keep
+from one epoch to the next, which is also their random generators: after the first epoch with such
+workers, what draws from these is not repeated. The order of batches depends on the number of
+workers, which therefore may not change. A dataset with a `state_dict` of its own that is expensive
+to pass over needs the StatefulDataLoader of torchdata.
 
 **When an epoch is over.** Three rules, by the place at which the snapshot is taken:
 
@@ -38,9 +55,9 @@ inner loop, and at the epoch after it if it was taken behind the inner loop.
 A `break` leaves the position where it is: until the next `iter()` or `begin_epoch()`, a snapshot
 goes on behind the last delivered batch.
 
-Batches are exact with any number of workers. Random numbers that the *dataset* draws are exact
-without workers; in worker processes they are seeded anew for the rest of an interrupted epoch, and
-after a resume with persistent workers.
+Batches are exact with any number of workers. Random numbers that a map-style *dataset* draws are
+exact without workers; in worker processes they are seeded anew for the rest of an interrupted
+epoch, and after a resume with persistent workers.
 """
 
 from __future__ import annotations
@@ -150,8 +167,22 @@ def _source_of(value: object) -> _Source | None:
     return None
 
 
-def _owned_sources(loader: DataLoader[Any]) -> _Sources:
-    """The generators that `loader` and its samplers have as attributes, by dotted name."""
+def _cuda_sources() -> _Sources:
+    """The generator of every CUDA device; none before the first use of CUDA."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own gap
+        return {}
+
+    def source(index: int) -> _Source:
+        return _torch_source(
+            lambda: torch.cuda.get_rng_state(index),
+            lambda state: torch.cuda.set_rng_state(state, index),
+        )
+
+    return {f"cuda:{index}": source(index) for index in range(torch.cuda.device_count())}
+
+
+def _owned_sources(loader: DataLoader[Any], *also: str) -> _Sources:
+    """The generators that `loader`, its samplers and its attributes `also` have, by dotted name."""
     sources: _Sources = {}
     seen: set[int] = set()
 
@@ -162,15 +193,33 @@ def _owned_sources(loader: DataLoader[Any]) -> _Sources:
         if source is not None:
             seen.add(id(value))
             sources[name] = source
-        elif isinstance(value, Sampler) or name.rpartition(".")[2] in ("sampler", "batch_sampler"):
+        elif isinstance(value, (Sampler, IterableDataset)) or name.rpartition(".")[2] in (
+            "sampler",
+            "batch_sampler",
+        ):
             seen.add(id(value))
             for attribute, held in getattr(value, "__dict__", {}).items():
                 visit(f"{name}.{attribute}", held)
 
-    visit("generator", loader.generator)
-    visit("batch_sampler", loader.batch_sampler)
-    visit("sampler", loader.sampler)
+    for name in ("generator", "batch_sampler", "sampler", *also):
+        visit(name, getattr(loader, name))
     return sources
+
+
+def _owned_by(loader: DataLoader[Any]) -> Callable[[], _Sources]:
+    """What gives the generators of `loader` and, of an iterable dataset, those it has by now.
+
+    One that the dataset makes when it is iterated is left out: it is made again.
+    """
+    if not isinstance(loader.dataset, IterableDataset):
+        return lambda: _owned_sources(loader)
+    known = frozenset(_owned_sources(loader, "dataset"))
+
+    def owned() -> _Sources:
+        sources = _owned_sources(loader, "dataset")
+        return {name: source for name, source in sources.items() if name in known}
+
+    return owned
 
 
 def _read(sources: _Sources) -> dict[str, bytes]:
@@ -199,7 +248,7 @@ def _kept(sources: _Sources) -> Iterator[None]:
         _write(sources, before)
 
 
-# What the sampler draws
+# What a pass over the data draws
 
 
 def _canonical(index: Any) -> object:
@@ -230,69 +279,109 @@ class _Position:
     delivered: int  # batches
     drawn: int  # index batches; more than were delivered where workers prefetch
     exhausted: bool  # the sampler has said that it has no more
-    digest: int  # of all that was drawn
+    digest: int  # of all that was drawn; 0 for an iterable dataset
     random: dict[str, bytes]  # before iter(sampler)
     random_first: dict[str, bytes] | None  # what differs at the first draw; None: nothing drawn
-    epoch: int | None  # the sampler's `epoch`, to explain an order that differs
+    epoch: int | None  # the `epoch` of the sampler or the iterable dataset
 
 
-class _Draws:
+@dataclass
+class _Record:
+    """How far a pass has come, and how to repeat it.
+
+    It does not hold the iterator: workers must end when a `break` abandons that.
+    """
+
+    random: dict[str, bytes]
+    random_first: dict[str, bytes] | None = None
+    requests: int = 0
+    drawn: int = 0
+    exhausted: bool = False
+    digest: int = 0
+
+
+class _Draws(Iterator[Any]):
     """One pass over the index sampler, with what it takes to repeat it up to any point."""
 
-    def __init__(self, sampler: Iterable[Any], sources: _Sources) -> None:
+    def __init__(self, drawn_from: Iterable[Any], sources: _Sources) -> None:
         self._sources = sources
-        self.random = _read(sources)
-        self.random_first: dict[str, bytes] | None = None
-        self._indices = iter(sampler)
+        self.record = _Record(_read(sources))
+        self._drawn_from = iter(drawn_from)
         self._ahead: deque[Any] = deque()
-        self.requests = 0
-        self.drawn = 0
-        self.exhausted = False
-        self.digest = 0
 
     @classmethod
-    def repeat(cls, sampler: Iterable[Any], sources: _Sources, position: _Position) -> _Draws:
+    def repeat(cls, drawn_from: Iterable[Any], sources: _Sources, position: _Position) -> _Draws:
         """The pass as it was at `position`; every source stays as it was before the call.
 
-        `drawn` or `digest` differs from that of `position` if the sampler did not repeat itself.
+        `drawn` or `digest` differs from that of `position` if it was not possible to repeat it.
         """
         with _kept(sources):
             _write(sources, position.random)
-            draws = cls(sampler, sources)
-            draws.random_first = position.random_first
+            draws = cls(drawn_from, sources)
+            draws.record.random_first = position.random_first
             if position.random_first is not None:
                 _write(sources, {**position.random, **position.random_first})
-            for index in islice(draws._indices, position.drawn):
-                draws.digest = _digest(index, draws.digest)
-                draws.drawn += 1
-                if draws.drawn > position.delivered:
-                    draws._ahead.append(index)
-            draws.exhausted = position.exhausted
+            for item in islice(draws._drawn_from, position.drawn):
+                draws._note(item)
+                if draws.record.drawn > position.delivered:
+                    draws._ahead.append(item)
+            draws.record.exhausted = position.exhausted
         return draws
 
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
     def __next__(self) -> Any:
-        self.requests += 1
-        if self._ahead:
-            return self._ahead.popleft()
-        if self.exhausted:
+        if not self._ahead and not self.record.exhausted:
+            self._draw()
+        # Not before: a draw that failed is not answered, and what comes next takes its place.
+        self.record.requests += 1
+        if not self._ahead:
             raise StopIteration
-        return self._draw()
+        return self._ahead.popleft()
 
-    def _draw(self) -> Any:
-        if self.random_first is None:
+    def _draw(self) -> None:
+        record = self.record
+        if record.random_first is None:
             now = _read(self._sources)
-            self.random_first = {name: now[name] for name in now if now[name] != self.random[name]}
+            record.random_first = {
+                name: now[name] for name in now if now[name] != record.random[name]
+            }
         try:
-            index = next(self._indices)
+            item = next(self._drawn_from)
         except StopIteration:
-            self.exhausted = True
-            raise
-        self.drawn += 1
-        self.digest = _digest(index, self.digest)
-        return index
+            record.exhausted = True
+            return
+        self._note(item)
+        self._ahead.append(item)
+
+    def _note(self, item: Any) -> None:
+        self.record.drawn += 1
+        self.record.digest = _digest(item, self.record.digest)
+
+
+class _BatchDraws(_Draws):
+    """One pass over the batches themselves: an iterable dataset has no indices to draw."""
+
+    def _note(self, item: Any) -> None:
+        # No digest: what is drawn at random in a batch need not repeat for the order to repeat.
+        self.record.drawn += 1
+
+
+class _PassOver:
+    """Stands in for the `collate_fn` of an iterable dataset that passes over delivered batches.
+
+    The first `batches` of a process are made as they were, for the sake of the random numbers that
+    `collate` draws, and are then dropped where they are: only None travels to the trainer.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any], batches: int) -> None:
+        self._collate = collate
+        self._batches = batches
+
+    def __call__(self, items: Any) -> Any:
+        batch = self._collate(items)
+        if self._batches == 0:
+            return batch
+        self._batches -= 1
+        return None
 
 
 class _Recorder:
@@ -325,29 +414,29 @@ class _Epoch:
     """An epoch that this process iterates."""
 
     def __init__(
-        self, draws: _Draws, *, delivered: int, nested: bool, sampler_epoch: int | None
+        self, record: _Record, *, delivered: int, nested: bool, sampler_epoch: int | None
     ) -> None:
         self.nested = nested
         self.delivered = delivered
-        self._draws = draws
+        self._record = record
         self._sampler_epoch = sampler_epoch
         # A DataLoader asks for one more index with every batch, whatever it asked for at first,
         # and also with a batch that it then fails to load.
-        self._ahead = draws.requests - delivered
+        self._ahead = record.requests - delivered
 
     def count(self) -> None:
         """Notes that a batch was delivered."""
-        self.delivered = self._draws.requests - self._ahead
+        self.delivered = self._record.requests - self._ahead
 
     def position(self) -> _Position:
-        draws = self._draws
+        record = self._record
         return _Position(
             delivered=self.delivered,
-            drawn=draws.drawn,
-            exhausted=draws.exhausted,
-            digest=draws.digest,
-            random=draws.random,
-            random_first=draws.random_first,
+            drawn=record.drawn,
+            exhausted=record.exhausted,
+            digest=record.digest,
+            random=record.random,
+            random_first=record.random_first,
             epoch=self._sampler_epoch,
         )
 
@@ -399,16 +488,20 @@ class ResumableLoader:
     """A DataLoader that saves its position and goes on there; made by `resumable`.
 
     Iterate it in place of the DataLoader. `iter()` begins a new epoch, or goes on in the one whose
-    state was loaded; it then raises MismatchError if the sampler does not repeat the order of that
-    epoch. The position counts what was delivered to the one who iterates: whoever fetches batches
-    ahead of the training step must subtract them. One thread at a time.
+    state was loaded; it then raises MismatchError if the sampler or the iterable dataset does not
+    repeat the order of that epoch. The position counts what was delivered to the one who iterates:
+    whoever fetches batches ahead of the training step must subtract them. One thread at a time.
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         _check(loader)
         self.loader = loader
         sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-        self._recorder = _Recorder(sampler, lambda: {**_global_sources(), **_owned_sources(loader)})
+        self._is_iterable = isinstance(loader.dataset, IterableDataset)
+        self._owned = owned = _owned_by(loader)
+        # Not a method: in a cycle with this object, workers would outlive it.
+        self._sources: Callable[[], _Sources] = lambda: {**_global_sources(), **owned()}
+        self._recorder = _Recorder(sampler, self._sources)
         self._phase = _IDLE
         self._epoch: _Epoch | None = None  # the one that iter() began last
         self._rest: _Position | None = None  # loaded, and not gone on with yet
@@ -454,13 +547,15 @@ class ResumableLoader:
         with _in_use_lock:
             nested = any(batches.encloses(self) for batches in _in_use)
         rest = self._rest
-        inner, draws = self._iterate(rest)
+        # Asked before: an iterable dataset may count its epochs in __iter__.
+        epoch = _epoch_of(self.loader)
+        inner, record = self._iterate_batches(rest) if self._is_iterable else self._iterate(rest)
         self._rest = None
         self._epoch = _Epoch(
-            draws,
+            record,
             delivered=0 if rest is None else rest.delivered,
             nested=nested,
-            sampler_epoch=_epoch_of(self.loader),
+            sampler_epoch=epoch,
         )
         self._phase = _RUNNING
         batches = _Batches(self, self._epoch, inner)
@@ -489,7 +584,7 @@ class ResumableLoader:
             "fingerprint": self._fingerprint(),
             "declared": self._declared,
             "workers": self._had_workers or self._workers is not None,
-            "generators": _read(_owned_sources(self.loader)),
+            "generators": _read(self._owned()),
             "phase": self._phase,
             "position": None if position is None else asdict(position),
         }
@@ -504,7 +599,7 @@ class ResumableLoader:
 
         The next `iter()` goes on there. Raises FormatError for a state of another version, and
         MismatchError, which names every difference, for a loader that is not as it was; nothing
-        has been changed then. The number of workers may differ.
+        has been changed then. The number of workers may differ, except for an iterable dataset.
         """
         self.check_state_dict(state)
         declared = _entry(state, "declared", bool)
@@ -516,16 +611,18 @@ class ResumableLoader:
         if phase not in (_IDLE, _RUNNING, _ENDED) or (phase == _RUNNING) != (rest is not None):
             raise _unreadable("phase", phase)
 
-        _write(_owned_sources(self.loader), generators)
+        _write(self._owned(), generators)
         self._declared = declared
         self._declared_at = next(_moments)
+        # Those of this process have run on from another position.
+        self._workers = None
         self._had_workers = workers
         self._phase = phase
         self._rest = rest
         self._empty_rest = phase == _ENDED
         self._epoch = None
 
-    def _iterate(self, rest: _Position | None) -> tuple[Iterator[Any], _Draws]:
+    def _iterate(self, rest: _Position | None) -> tuple[Iterator[Any], _Record]:
         """The DataLoader's iterator over a new pass, or over what `rest` leaves of one."""
         recorder = self._recorder
         clone = copy.copy(self.loader)
@@ -539,8 +636,9 @@ class ResumableLoader:
             # The saved run has its workers by now, and draws nothing to start them.
             recorder.prepared = recorder.new_pass()
         if recorder.prepared is not None:
+            prepared = recorder.prepared.record
             # A DataLoader draws a seed for its workers; here not from a generator of the run.
-            seed = zlib.crc32(recorder.prepared.random["torch"], recorder.prepared.drawn)
+            seed = zlib.crc32(prepared.random["torch"], prepared.drawn)
             clone.generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
         try:
             batches = iter(clone)
@@ -552,23 +650,52 @@ class ResumableLoader:
                 "pysnap.resumable cannot follow it; give the class state_dict and load_state_dict"
             )
         self._workers = clone._iterator
-        return batches, recorder.latest
+        return batches, recorder.latest.record
+
+    def _iterate_batches(self, rest: _Position | None) -> tuple[Iterator[Any], _Record]:
+        """The same over an iterable dataset, which makes again what of `rest` was delivered."""
+        sources = self._sources()
+        clone = copy.copy(self.loader)
+        clone._iterator = self._workers
+        draws: _Draws
+        if rest is not None:
+            draws = self._repeat_batches(clone, sources, rest)
+        elif self._had_workers and clone.persistent_workers and self._workers is None:
+            # As in _iterate: the saved run draws nothing here.
+            with _kept(sources):
+                draws = _BatchDraws(clone, sources)
+        else:
+            draws = _BatchDraws(clone, sources)
+        self._workers = clone._iterator
+        return draws, draws.record
 
     def _repeat(self, rest: _Position) -> _Draws:
         draws = self._recorder.repeated_pass(rest)
-        if (draws.drawn, draws.digest) != (rest.drawn, rest.digest):
-            epoch = _epoch_of(self.loader)
-            if epoch != rest.epoch:
-                reason = f"its epoch was {rest.epoch} and is {epoch}: call set_epoch({rest.epoch})"
-            else:
-                reason = (
-                    "build it as it was; if it draws during the epoch from a random generator "
-                    "that others draw from too, give it one of its own"
-                )
-            raise MismatchError(
-                f"the sampler {type(self._recorder.sampler).__name__} does not repeat the order of "
-                f"the saved epoch, so that it cannot go on after batch {rest.delivered}; {reason}"
+        if (draws.record.drawn, draws.record.digest) != (rest.drawn, rest.digest):
+            raise _not_repeated(
+                f"the sampler {type(self._recorder.sampler).__name__}",
+                rest,
+                _other_epoch(self.loader, rest)
+                or "build it as it was; if it draws during the epoch from a random generator "
+                "that others draw from too, give it one of its own",
             )
+        return draws
+
+    def _repeat_batches(self, clone: DataLoader[Any], sources: _Sources, rest: _Position) -> _Draws:
+        name = f"the dataset {type(clone.dataset).__name__}"
+        reason = _other_epoch(clone, rest)
+        if reason is not None:
+            raise _not_repeated(name, rest, reason)
+        _log.info("the data loader reads %d batches again to pass over them", rest.delivered)
+        # The workers take turns, so that each has delivered so many, unless it came to its end.
+        batches = rest.delivered // max(1, clone.num_workers)
+        clone.collate_fn = _PassOver(clone.collate_fn, batches)
+        # Indices are drawn on the host; a dataset may draw anywhere.
+        with _kept(_cuda_sources()):
+            draws = _BatchDraws.repeat(clone, sources, rest)
+        if draws.record.drawn != rest.drawn:
+            reason = f"it ended after batch {draws.record.drawn}: give it the data that it had"
+            raise _not_repeated(name, rest, reason)
         return draws
 
     def _deliver(self, epoch: _Epoch) -> None:
@@ -582,14 +709,24 @@ class ResumableLoader:
 
     def _fingerprint(self) -> dict[str, Any]:
         loader = self.loader
-        return {
+        common = {
             "dataset length": _length(loader.dataset),
             "batch size": loader.batch_size,
             "drop_last": loader.drop_last,
+            "generators": ", ".join(self._owned()),
+        }
+        if self._is_iterable:
+            # Not the number of batches: a DataLoader that was asked for it may warn of it later.
+            return {
+                **common,
+                "dataset": type(loader.dataset).__name__,
+                "number of workers": loader.num_workers,
+            }
+        return {
+            **common,
             "sampler": type(loader.sampler).__name__,
             "batch sampler": type(loader.batch_sampler).__name__,
             "number of batches": _length(loader),
-            "generators": ", ".join(_owned_sources(loader)),
         }
 
     def _compare(self, before: dict[str, Any]) -> None:
@@ -609,9 +746,10 @@ class ResumableLoader:
 def resumable(loader: DataLoader[Any]) -> ResumableLoader:
     """`loader` with `state_dict()` and `load_state_dict()`: iterate the result in its place.
 
-    Takes a DataLoader over a map-style dataset with any sampler, batch size and number of workers.
-    Raises ConfigError for what cannot go on exactly: an IterableDataset, `in_order=False`, a
-    subclass that iterates in its own way.
+    Takes a DataLoader over a map-style dataset with any sampler, batch size and number of workers,
+    or over an IterableDataset, where going on costs the reading of what was delivered: the module
+    states what is exact. Raises ConfigError for what cannot go on exactly: an IterDataPipe,
+    `in_order=False`, a subclass that iterates in its own way.
     """
     return ResumableLoader(loader)
 
@@ -622,10 +760,11 @@ def _check(loader: object) -> None:
         raise ConfigError(f"pysnap.resumable takes a torch DataLoader, not a {name}")
     if hasattr(loader, "state_dict"):
         raise ConfigError(f"{name} has a state_dict of its own: use it without pysnap.resumable")
-    if isinstance(loader.dataset, IterableDataset):
+    # A torch without data pipes has no loader over one.
+    if isinstance(loader.dataset, getattr(torch.utils.data, "IterDataPipe", ())):
         raise ConfigError(
-            f"pysnap.resumable finds no place in an IterableDataset "
-            f"({type(loader.dataset).__name__}): use StatefulDataLoader of "
+            "pysnap.resumable cannot follow an IterDataPipe, which has a state and seeds of its "
+            "own: make it an IterableDataset, or use StatefulDataLoader of "
             "torchdata.stateful_dataloader, which pysnap takes as it is"
         )
     # torch before 2.6 has no in_order.
@@ -649,12 +788,29 @@ def _length(sized: Any) -> int | None:
 
 
 def _epoch_of(loader: DataLoader[Any]) -> int | None:
-    """What set_epoch told the sampler, where it keeps that as DistributedSampler does."""
-    for sampler in (loader.batch_sampler, loader.sampler):
-        epoch = getattr(sampler, "epoch", None)
+    """What set_epoch told the sampler or the iterable dataset, where that is kept as `epoch`."""
+    is_iterable = isinstance(loader.dataset, IterableDataset)
+    told = (loader.dataset,) if is_iterable else (loader.batch_sampler, loader.sampler)
+    for value in told:
+        epoch = getattr(value, "epoch", None)
         if type(epoch) is int:
             return epoch
     return None
+
+
+def _other_epoch(loader: DataLoader[Any], rest: _Position) -> str | None:
+    """What to do about an epoch that is not the one of `rest`; None where it is."""
+    epoch = _epoch_of(loader)
+    if epoch == rest.epoch:
+        return None
+    return f"its epoch was {rest.epoch} and is {epoch}: call set_epoch({rest.epoch})"
+
+
+def _not_repeated(what: str, rest: _Position, reason: str) -> MismatchError:
+    return MismatchError(
+        f"{what} does not repeat the order of the saved epoch, so that it cannot go on after batch "
+        f"{rest.delivered}; {reason}"
+    )
 
 
 # Reading a state

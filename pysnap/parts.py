@@ -3,10 +3,13 @@ is filled in place."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from pysnap.errors import ConfigError
 from pysnap.layout import Leaf
@@ -27,7 +30,53 @@ class Stateful(Protocol):
         """Take over a state that `state_dict` returned."""
 
 
-class _Container:
+class ModulePart:
+    """A module under the keys of the plain one, whatever wraps it or modules in it:
+    `torch.compile`, DataParallel, DistributedDataParallel."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._module.state_dict()
+        wrappers = self._wrappers()
+        if not wrappers:
+            return state
+        return OrderedDict((_plain(key, wrappers), value) for key, value in state.items())
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        wrappers = self._wrappers()
+        if wrappers:
+            state = {key: state[_plain(key, wrappers)] for key in self._module.state_dict()}
+        self._module.load_state_dict(state)
+
+    def _wrappers(self) -> list[tuple[str, str]]:
+        """For each wrapper, the beginning of the keys behind it and what that is for the plain
+        module; the innermost first."""
+        found = []
+        for name, module in self._module.named_modules(remove_duplicate=False):
+            inner = _wrapped_name(module)
+            if inner is not None:
+                plain = f"{name}." if name else ""
+                found.append((f"{plain}{inner}.", plain))
+        return found[::-1]
+
+
+def _wrapped_name(module: torch.nn.Module) -> str | None:
+    """The attribute of a wrapper that holds the module it wraps."""
+    if isinstance(module, (DataParallel, DistributedDataParallel)):
+        return "module"
+    return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None
+
+
+def _plain(key: str, wrappers: list[tuple[str, str]]) -> str:
+    for wrapped, plain in wrappers:
+        if key.startswith(wrapped):
+            key = plain + key[len(wrapped) :]
+    return key
+
+
+class Container:
     """A dict, list, generator, tensor or array as a part: its content is replaced in place."""
 
     def __init__(self, value: dict[Any, Any] | list[Any] | torch.Generator | Leaf) -> None:
@@ -71,11 +120,13 @@ def as_part(name: str, value: object) -> Stateful:
         raise ConfigError(
             f"{name!r} is a name of pysnap's own; register the object under another keyword"
         )
+    if isinstance(value, torch.nn.Module):
+        return ModulePart(value)
     if isinstance(value, Stateful) and not isinstance(value, type):
         adapted: Stateful = as_loader_part(value)
         return adapted
     if isinstance(value, (dict, list, torch.Generator, torch.Tensor, np.ndarray)):
-        return _Container(value)
+        return Container(value)
     raise ConfigError(
         f"{name} is a {type(value).__qualname__}, which has no state_dict and load_state_dict and "
         "cannot be filled in place; register an object that has them, or put the value into a dict"

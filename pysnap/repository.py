@@ -20,6 +20,8 @@ from types import MappingProxyType
 from pysnap import storage
 from pysnap.errors import CorruptError, Error, FormatError, NotFoundError, StorageError
 from pysnap.manifest import FORMAT, Manifest
+from pysnap.notes import FILE as NOTES_FILE
+from pysnap.notes import Notes
 
 _log = logging.getLogger("pysnap")
 
@@ -60,6 +62,14 @@ class Snapshot:
     def step(self) -> int:
         """The step after which it was taken."""
         return self.manifest.step
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics that were reported at its moment."""
+        metrics = self.manifest.metadata.get("metrics")
+        if type(metrics) is not dict:
+            return {}
+        return {name: value for name, value in metrics.items() if type(value) is float}
 
     def packs(self) -> list[tuple[str, int]]:
         """Paths and lengths of the packs, as the engine takes them."""
@@ -118,9 +128,11 @@ def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType
     return Listing(snapshots, damaged)
 
 
-def publish(partial: Path, manifest: Manifest, path: Path) -> Snapshot:
+def publish(partial: Path, manifest: Manifest, path: Path, notes: Notes | None = None) -> Snapshot:
     """The commit: make `partial`, whose packs are durable, the visible and durable snapshot
     `path`, which must not exist."""
+    if notes:
+        storage.write_file(partial / NOTES_FILE, notes.to_bytes())
     # The manifest is written after the packs it names, and the directory's names after the files
     # they name.
     storage.write_file(partial / _MANIFEST, manifest.to_bytes())
@@ -183,9 +195,9 @@ class Repository:
         sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
         return sequence
 
-    def commit(self, partial: Path, manifest: Manifest) -> Snapshot:
+    def commit(self, partial: Path, manifest: Manifest, notes: Notes) -> Snapshot:
         """Make `partial`, whose packs are durable, the visible and durable snapshot of its step."""
-        snapshot = publish(partial, manifest, self._free_name(manifest.step))
+        snapshot = publish(partial, manifest, self._free_name(manifest.step), notes)
         self._known[snapshot.path] = snapshot
         with contextlib.suppress(StorageError):
             storage.replace_link(self.root / _LATEST, snapshot.path.name)
@@ -196,6 +208,10 @@ class Repository:
         listing = list_snapshots(self.root, self._known)
         self._known = {snapshot.path: snapshot for snapshot in listing.snapshots}
         return listing
+
+    def held(self) -> set[Path]:
+        """The snapshots that a tag or a pin holds."""
+        return {path for path in self._known if _is_held(path)}
 
     def delete(self, path: Path) -> None:
         """Remove a snapshot: it disappears at once and whole."""
@@ -230,6 +246,15 @@ class Repository:
         if not taken:
             return self.root / name
         return self.root / f"{name}.{1 + max(int(match[2] or 0) for match in taken)}"
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        return Notes.read(path).holds()
+    except Error as error:
+        # Notes that cannot be read may have held it.
+        _log.warning("%s is kept: %s", path, error)
+        return True
 
 
 def _make_root(root: Path) -> None:

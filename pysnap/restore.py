@@ -11,8 +11,8 @@ import torch
 
 from pysnap import _engine, tree
 from pysnap.capture import zstd_libraries
-from pysnap.errors import CorruptError, MismatchError
-from pysnap.layout import TORCH_ELEMENTS, Leaf, dtype_name, extent_of, is_dense
+from pysnap.errors import CorruptError, MismatchError, NotFoundError
+from pysnap.layout import TORCH_ELEMENTS, Array, Leaf, dtype_name, extent_of, is_dense
 from pysnap.manifest import Record
 from pysnap.repository import Snapshot
 
@@ -23,13 +23,31 @@ _NOTHING = np.empty(0)
 _Target: TypeAlias = "tuple[int, int, int, int]"
 
 
-def load_state(snapshot: Snapshot) -> object:
-    """The whole state of a snapshot, in new tensors on the CPU; those that shared memory share it
-    again."""
-    restore = Restore(snapshot)
-    state = tree.decode(snapshot.manifest.tree, restore.leaves.__getitem__)
+def load_state(snapshot: Snapshot, names: Collection[str] | None = None) -> object:
+    """The state of a snapshot, or what `names` select of it (`tree.prune`), in new tensors on the
+    CPU; those that shared memory share it again."""
+    node, only = snapshot.manifest.tree, None
+    if names is not None:
+        try:
+            node = tree.prune(node, names)
+        except NotFoundError as error:
+            raise NotFoundError(f"{snapshot.path}: {error}") from None
+        # An index of no record is told by decode().
+        only = {index for _, index in tree.leaves(node) if index < len(snapshot.manifest.tensors)}
+    restore = Restore(snapshot, only=only)
+    state = tree.decode(node, restore.leaves.__getitem__)
     restore.read()
     return state
+
+
+def read_record(snapshot: Snapshot, record: Record) -> Leaf:
+    """One tensor or array in new memory; only the chunks that hold it are read. Raises CorruptError
+    as `Restore.read` does."""
+    extent = _extent(record, snapshot)
+    _check_extents([record], [extent], snapshot)
+    leaf = _new(record)
+    _read(snapshot, [(record.at, _address(leaf), extent, _HOST)])
+    return leaf
 
 
 class Restore:
@@ -51,11 +69,12 @@ class Restore:
         memory in another way than the snapshot's."""
         self._snapshot = snapshot
         self._targets: list[_Target] = []
-        self._indirect: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._indirect: list[tuple[Leaf, Leaf]] = []
         records = snapshot.manifest.tensors
-        itemsizes = {dtype: _itemsize(dtype, snapshot) for dtype in {r.dtype for r in records}}
+        dtypes = {record.dtype for record in records}
+        itemsizes = {name: dtype_of(name, snapshot).itemsize for name in dtypes}
         extents = [extent_of(record, itemsizes[record.dtype]) for record in records]
-        _check_extents(extents, snapshot)
+        _check_extents(records, extents, snapshot)
         for index, leaf in live.items():
             self._place(leaf, records[index], extents[index])
         _check_overlap(self._targets, snapshot)
@@ -79,29 +98,36 @@ class Restore:
         Every chunk is checked before its bytes reach a leaf; a damaged one raises CorruptError that
         names the file and the tensors, and leaves other chunks' bytes in place.
         """
-        snapshot = self._snapshot
-        try:
-            _engine.restore(
-                packs=snapshot.packs(),
-                chunks=snapshot.manifest.chunks,
-                targets=np.array(sorted(set(self._targets)), dtype=_engine.TARGET),
-                threads=min(_MOST_THREADS, _engine.available_processors()),
-                zstd=zstd_libraries(),
-            )
-        except CorruptError as error:
-            chunk = getattr(error, "chunk", None)
-            raise CorruptError(_name_tensors(str(error), chunk, snapshot)) from None
-        for tensor, staging in self._indirect:
-            tensor.copy_(staging)
+        _read(self._snapshot, self._targets)
+        for leaf, staging in self._indirect:
+            if isinstance(leaf, torch.Tensor):
+                leaf.detach().copy_(torch.as_tensor(staging))
+            else:
+                leaf[...] = staging
 
     def _place(self, leaf: Leaf, record: Record, extent: int) -> None:
         """A live leaf gets its bytes straight where it has them in the order of the stream."""
-        if isinstance(leaf, torch.Tensor) and not (leaf.is_cpu and _same_order(leaf, record)):
+        if not _same_order(leaf, record):
             staging = _new(record)
-            assert isinstance(staging, torch.Tensor)
-            self._indirect.append((leaf.detach(), staging))
+            self._indirect.append((leaf, staging))
             leaf = staging
         self._targets.append((record.at, _address(leaf), extent, _HOST))
+
+
+def _read(snapshot: Snapshot, targets: list[_Target]) -> None:
+    # A tensor without elements may stand anywhere, even behind the stream.
+    wanted = sorted({target for target in targets if target[2]})
+    try:
+        _engine.restore(
+            packs=snapshot.packs(),
+            chunks=snapshot.manifest.chunks,
+            targets=np.array(wanted, dtype=_engine.TARGET),
+            threads=min(_MOST_THREADS, _engine.available_processors()),
+            zstd=zstd_libraries(),
+        )
+    except CorruptError as error:
+        chunk = getattr(error, "chunk", None)
+        raise CorruptError(_name_tensors(str(error), chunk, snapshot)) from None
 
 
 def verify(snapshot: Snapshot) -> list[str]:
@@ -118,36 +144,46 @@ def verify(snapshot: Snapshot) -> list[str]:
     return [_name_tensors(what, chunk, snapshot) for chunk, what in damages]
 
 
-def _same_order(tensor: torch.Tensor, record: Record) -> bool:
-    if dtype_name(tensor.dtype) != record.dtype or tensor.is_conj() or tensor.is_neg():
+def _same_order(leaf: Leaf, record: Record) -> bool:
+    if isinstance(leaf, np.ndarray):
+        in_order = record.strides is None and leaf.flags.c_contiguous
+        return in_order and leaf.dtype.str == record.dtype
+    if not leaf.is_cpu or dtype_name(leaf.dtype) != record.dtype:
+        return False
+    if leaf.is_conj() or leaf.is_neg():
         return False
     if record.strides is None:
-        return tensor.is_contiguous()
-    return is_dense(tensor) and tensor.stride() == record.strides
+        return leaf.is_contiguous()
+    return is_dense(leaf) and leaf.stride() == record.strides
 
 
-def _itemsize(name: str, snapshot: Snapshot) -> int:
-    """Bytes of an element of the dtype that a record names."""
+def dtype_of(name: str, snapshot: Snapshot) -> torch.dtype | np.dtype[Any]:
+    """The dtype that a record names. Raises MismatchError where this torch has none of that name,
+    CorruptError where it is none."""
     if name in TORCH_ELEMENTS:
-        dtype = getattr(torch, name, None)
-        if dtype is None:
+        known: torch.dtype | None = getattr(torch, name, None)
+        if known is None:
             raise MismatchError(
                 f"{snapshot.path} holds a tensor of dtype {name}, which this version of "
                 "torch does not have; use a newer torch"
             )
-        return int(dtype.itemsize)
+        return known
     try:
         dtype = np.dtype(name)
     except TypeError:
         raise CorruptError(f"{snapshot.path} holds a tensor of unknown dtype {name!r}") from None
     if dtype.hasobject or dtype.str != name:
         raise CorruptError(f"{snapshot.path} holds a tensor of unknown dtype {name!r}")
-    return dtype.itemsize
+    return dtype
 
 
-def _check_extents(extents: list[int], snapshot: Snapshot) -> None:
+def _extent(record: Record, snapshot: Snapshot) -> int:
+    return extent_of(record, dtype_of(record.dtype, snapshot).itemsize)
+
+
+def _check_extents(records: list[Record], extents: list[int], snapshot: Snapshot) -> None:
     stream = snapshot.manifest.stream
-    for record, extent in zip(snapshot.manifest.tensors, extents, strict=True):
+    for record, extent in zip(records, extents, strict=True):
         if extent and record.at + extent > stream:
             raise CorruptError(
                 f"{snapshot.path} holds a tensor that reaches past the end of the stream"
@@ -203,13 +239,23 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _new(record: Record) -> Leaf:
     if not _is_torch(record):
-        return np.empty(record.shape, dtype=record.dtype)
+        return _new_array(record)
     return torch.empty_strided(
         record.shape,
         record.strides or _row_major(record.shape),
         dtype=getattr(torch, record.dtype),
         device="cpu",
     )
+
+
+def _new_array(record: Record) -> Array:
+    dtype = np.dtype(record.dtype)
+    if record.strides is None:
+        return np.empty(record.shape, dtype)
+    memory = np.empty(extent_of(record, dtype.itemsize), np.uint8)
+    strides = tuple(stride * dtype.itemsize for stride in record.strides)
+    array: Array = np.ndarray(record.shape, dtype, memory, strides=strides)
+    return array
 
 
 def _check_overlap(targets: list[_Target], snapshot: Snapshot) -> None:
@@ -237,9 +283,7 @@ def _name_tensors(message: str, chunk: int | None, snapshot: Snapshot) -> str:
         path
         for path, index in tree.leaves(manifest.tree)
         if manifest.tensors[index].at < end
-        and manifest.tensors[index].at
-        + extent_of(manifest.tensors[index], _itemsize(manifest.tensors[index].dtype, snapshot))
-        > start
+        and manifest.tensors[index].at + _extent(manifest.tensors[index], snapshot) > start
     ]
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f"{message}; it holds {shown}"

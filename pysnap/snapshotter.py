@@ -3,50 +3,48 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-import platform
+import sys
+import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, overload
 
-import numpy as np
 import torch
 
-from pysnap import rng
-from pysnap._version import __version__
+from pysnap import provenance, rng
+from pysnap.best import Best
 from pysnap.cadence import Cadence
 from pysnap.capture import Capture, Stager
 from pysnap.commit import Committer, Handle, SnapshotInfo, Stats
 from pysnap.config import Config
 from pysnap.errors import (
     ClosedError,
+    ConfigError,
     CorruptError,
     Error,
     MismatchError,
     StorageError,
+    TornError,
 )
 from pysnap.manifest import plain_json
-from pysnap.match import load_parts
+from pysnap.match import Terms, load_parts
+from pysnap.notes import Notes, tagged
 from pysnap.parts import as_part
+from pysnap.progress import Progress
 from pysnap.repository import Repository, Snapshot, tell_skipped
 from pysnap.retention import Keep
+from pysnap.which import Which
 
 _log = logging.getLogger("pysnap")
 
+_Batch = TypeVar("_Batch")
+
 _OVERWRITTEN = "a damaged snapshot was read: live objects may be partly overwritten"
-
-
-@dataclass
-class Progress:
-    """Where training stands: steps done in all, the epoch it is in, steps done in this epoch."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
 
 
 class Snapshotter:
@@ -57,9 +55,12 @@ class Snapshotter:
     progress are part of every snapshot without being named.
 
     `every` is the cadence (`"200 steps"`, `"10m"`, `"1 epoch"`, `"off"`); `PYSNAP_EVERY` wins over
-    it. `keep` is the retention. `host_memory`, `codec`, `workers`, `nice` and `on_error` override
-    the environment (see `pysnap.config`). `on_durable` is called with a `SnapshotInfo` in a
-    background thread. `metadata`, plain JSON, is stored for people.
+    it. `keep` is the retention. `best` (`"min val_loss"`, `"max accuracy by 0.001"`) names the
+    metric of which an improvement, told by `report`, takes a snapshot. `overlap`, `host_memory`,
+    `codec`, `workers`, `nice` and `on_error` override the environment (see `pysnap.config`).
+    `on_durable` is called with a `SnapshotInfo` in a background thread. `config` is the
+    configuration of the run, plain JSON: what differs is told when the run is resumed. `metadata`,
+    plain JSON, is stored for people.
 
     Methods belong to the training thread. In a forked child those that take a snapshot or put one
     back raise ClosedError.
@@ -72,12 +73,15 @@ class Snapshotter:
         *,
         every: str | int | None = None,
         keep: Keep | None = None,
+        best: str | None = None,
+        overlap: bool | None = None,
         host_memory: int | str | None = None,
         codec: str | None = None,
         workers: int | None = None,
         nice: int | None = None,
         on_error: str | None = None,
         on_durable: Callable[[SnapshotInfo], None] | None = None,
+        config: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
         **parts: object,
     ) -> None:
@@ -88,33 +92,55 @@ class Snapshotter:
         be stored, BusyError while another process writes there, StorageError for a path that cannot
         be used, FormatError for a repository of another format.
         """
-        config = Config.resolve(
+        settings = Config.resolve(
             every=None if every is None else str(every),
+            overlap=overlap,
             host_memory=host_memory,
             codec=codec,
             workers=workers,
             nice=nice,
             on_error=on_error,
         )
-        source = config.sources["every"]
-        self._cadence = Cadence.parse(config.every, "every" if source == "argument" else source)
+        source = settings.sources["every"]
+        self._cadence = Cadence.parse(settings.every, "every" if source == "argument" else source)
+        self._best = None if best is None else Best.parse(best)
+        if keep is not None and keep.best and self._best is None:
+            raise ConfigError(
+                f'{keep} needs a metric: say what is best, such as best="min val_loss"'
+            )
+        # Only the environment sets it; an argument is one of `resume`.
+        self._which = (
+            None if settings.resume is None else Which.parse(settings.resume, "PYSNAP_RESUME")
+        )
         self._parts = {name: as_part(name, value) for name, value in parts.items()}
-        self._raises = config.on_error == "raise"
-        self._metadata = plain_json(metadata or {})
+        self._raises = settings.on_error == "raise"
+        self._description = provenance.describe() | {
+            "config": plain_json(config or {}),
+            "user": plain_json(metadata or {}),
+        }
+        self._reported: dict[str, float] = {}  # metrics of this moment
         self._owner = os.getpid()
         self.progress = Progress()
-        self._stager = Stager(config)
+        self._stager = Stager(settings)
+        self._gated = _Gated(self, settings.overlap)
         try:
-            self._stager.prepare(self._state(), growth=self._growth())
+            self._stager.prepare(self._state(), lazy=self._gated.addresses(), growth=self._growth())
             self._repository = Repository(Path(path))
         except BaseException:
+            self._gated.close()
             self._stager.close()
             raise
-        self._committer = Committer(self._repository, keep or Keep(), on_durable)
+        self._committer = Committer(self._repository, keep or Keep(), self._best, on_durable)
         # For a Snapshotter that is dropped, and for the end of the interpreter, before modules are
         # torn down and after the committing thread, which is no daemon, has ended.
         self._finalizer = weakref.finalize(
-            self, _release, self._committer, self._stager, self._repository, self._owner
+            self,
+            _release,
+            self._committer,
+            self._gated,
+            self._stager,
+            self._repository,
+            self._owner,
         )
 
         self._step = _Step(self)
@@ -122,14 +148,16 @@ class Snapshotter:
         self._pending = False  # due, but another is in flight
         self._mid_step = False  # an exception left a step half done
         self._last_start = time.monotonic()
+        self._clock_start = self._last_start  # progress.seconds is counted from here
         _log.info("snapshots to %s: %s (from %s)", self._repository.root, self._cadence, source)
 
-    def step(self) -> _Step:
-        """Context manager around one training step. At its end the step is counted and a due
-        snapshot taken.
+    def step(self, *, samples: int = 0) -> _Step:
+        """Context manager around one training step. At its end the step is counted, with the
+        `samples` that it trained on, and a due snapshot taken.
 
         An exception in the body counts nothing and takes nothing.
         """
+        self._step.samples = samples
         return self._step
 
     def epochs(self, total: int) -> Iterator[int]:
@@ -140,22 +168,88 @@ class Snapshotter:
             yield self.progress.epoch
             self._finish_epoch()
 
-    def resume(self) -> Snapshot | None:
-        """Put the newest intact snapshot back into the parts; None, with nothing touched, where
-        there is none yet.
+    @overload
+    def steps(self, total: int) -> Iterator[int]: ...
 
-        Damaged snapshots are skipped with a warning. Raises MismatchError, with nothing touched, if
-        the snapshot does not fit; CorruptError if snapshots exist but none is intact (the message
-        says whether parts were touched); FormatError for one of another format.
+    @overload
+    def steps(self, total: int, loader: Iterable[_Batch]) -> Iterator[_Batch]: ...
+
+    def steps(self, total: int, loader: Iterable[Any] | None = None) -> Iterator[Any]:
+        """What is left of `total` steps: their numbers, or the batches of `loader`, epoch after
+        epoch, each of which `epochs` would give.
+
+        Raises ConfigError for a loader that gives no batch in a whole epoch.
+        """
+        if loader is None:
+            while self.progress.step < total:
+                yield self.progress.step
+            return
+        resumed = self._resumed
+        for _ in self.epochs(sys.maxsize):
+            if self.progress.step >= total:
+                return
+            empty = True
+            for batch in loader:
+                empty = False
+                yield batch
+                if self.progress.step >= total:
+                    return
+            # The rest of the epoch in which the run stopped may be empty.
+            if empty and not resumed:
+                raise ConfigError(f"the loader gives no batch, so that {total} steps never end")
+            resumed = False
+
+    def resume(
+        self,
+        which: str | os.PathLike[str] = "newest",
+        *,
+        step: int | None = None,
+        tag: str | None = None,
+        strict: bool = True,
+        only: Iterable[str] | None = None,
+        rename: Mapping[str, str] | None = None,
+        convert: bool = False,
+        **parts: str,
+    ) -> Snapshot | None:
+        """Put a snapshot back into the parts; None, with nothing touched, where there is none yet.
+
+        `which` is `"newest"`, `"best"`, `"off"`, `"step=N"`, `"tag=NAME"` or a snapshot's path;
+        `step` and `tag` say the same; `PYSNAP_RESUME` wins over them. Of those that fit the rule,
+        damaged ones are skipped with a warning.
+
+        The snapshot must fit the live objects in every object, name, shape and type. Ways past it:
+        `strict=False` leaves what does not fit as it is live, and tells it in a warning; `only`
+        names what is wanted, such as `["model"]`, `["model/encoder"]` (progress and random states
+        are `"progress"` and `"rng"`); `rename` maps names in the snapshot to live ones, such as
+        `{"model/backbone": "model/encoder"}`; `convert` converts tensors of another dtype; and
+        `PART="restart"`, such as `loader="restart"`, leaves a part as it is live, a loader at the
+        beginning of the epoch.
+
+        Raises MismatchError, with nothing touched, if the snapshot does not fit; CorruptError if
+        snapshots exist but none is intact (the message says whether parts were touched);
+        NotFoundError where the rule finds none; FormatError for one of another format; ConfigError
+        for arguments that cannot be.
         """
         self._check_open()
+        rule = self._which or _rule(which, step, tag)
+        terms = Terms.check(
+            strict=strict,
+            only=only,
+            rename=rename,
+            convert=convert,
+            restart=parts,
+            parts=self._parts,
+        )
+        if rule.kind == "off":
+            _log.info("a fresh start: resume is off")
+            return None
         self._committer.wait_idle()
         listing = self._repository.list()
-        skipped = listing.tell_damaged()
+        skipped = [] if rule.kind == "path" else listing.tell_damaged()
         touched = False
-        for snapshot in listing.snapshots:
+        for snapshot in rule.candidates(listing, self._best, self._repository.root):
             try:
-                self._restore(snapshot)
+                self._restore(snapshot, terms)
             except (CorruptError, StorageError) as error:
                 touched = True
                 skipped.append(tell_skipped(snapshot.path, error))
@@ -164,24 +258,56 @@ class Snapshotter:
                 if touched:
                     raise MismatchError(f"{error}\nbut before it, {_OVERWRITTEN}") from None
                 raise
-            self._resumed = True
             _log.info("resumed from %s at step %d", snapshot.path, snapshot.step)
             return snapshot
         if skipped:
             effect = _OVERWRITTEN if touched else "nothing was changed"
             raise CorruptError(
-                f"{self._repository.root} holds snapshots, but none is intact ({effect}): "
-                + "; ".join(skipped)
+                f"{self._repository.root} holds snapshots, but none that resume may take "
+                f"({rule}) is intact ({effect}): " + "; ".join(skipped)
             )
         _log.info("%s holds no snapshot yet: a fresh start", self._repository.root)
         return None
 
-    def save(self) -> Handle:
+    def save(self, *, tag: str | Iterable[str] = (), overlap: bool = False) -> Handle:
         """Take a snapshot now, after the one that is in flight is done; blocks for that and for the
-        capture. Its failure comes from the handle."""
+        capture. Its failure comes from the handle. Retention keeps it while it has a tag.
+
+        With `overlap`, what the registered optimizers alone change is copied until one of them
+        steps, as for a snapshot that is due at the end of a step: nothing else may change it until
+        then. Raises ConfigError for what is no tag.
+        """
         self._check_open()
+        notes = tagged(tag)
         self._committer.wait_idle()
-        return self._take()
+        return self._take(notes, overlap=overlap)
+
+    def report(self, **metrics: float) -> bool:
+        """Note the values of metrics at this moment. True if the one that `best` names has
+        improved: then a snapshot is taken, as by `save`.
+
+        Raises ConfigError for a value that is no number.
+        """
+        self._check_open()
+        for name, value in metrics.items():
+            try:
+                self._reported[name] = float(value)
+            except (TypeError, ValueError):
+                raise ConfigError(
+                    f"report({name}={value!r:.80}): a metric must be a number"
+                ) from None
+        self.progress.metrics |= self._reported
+        best = self._best
+        if best is None or best.metric not in metrics:
+            return False
+        value = self._reported[best.metric]
+        if math.isnan(value):
+            _log.warning("%s is not a number at step %d", best.metric, self.progress.step)
+        if not best.improves(value, self.progress.best):
+            return False
+        self.progress.best = value
+        self.save()
+        return True
 
     def wait_ready(self) -> None:
         """Block until the staging memory that construction asked for is ready. Only a measurement
@@ -236,7 +362,7 @@ class Snapshotter:
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts.items()}
-        state["progress"] = asdict(self.progress)
+        state["progress"] = self.progress.state()
         # Last: a state_dict may draw.
         state["rng"] = rng.capture()
         return state
@@ -253,22 +379,26 @@ class Snapshotter:
         ]
         return sum(2 * parameter.nbytes for parameter in parameters)
 
-    def _finish_step(self) -> None:
+    def _finish_step(self, samples: int) -> None:
         self._check_open()
         self._mid_step = False
+        self._reported = {}
         self.progress.step += 1
         self.progress.batch += 1
+        self.progress.samples += samples
+        self.progress.seconds = time.monotonic() - self._clock_start
         if self._raises and not self._committer.busy():
             self._tell_failure()
         elapsed = time.monotonic() - self._last_start
-        self._take_if(self._cadence.due_after_step(self.progress.step, elapsed))
+        # Only behind a step: the next change is the optimizer's.
+        self._take_if(self._cadence.due_after_step(self.progress.step, elapsed), overlap=True)
 
     def _finish_epoch(self) -> None:
         self._check_open()
         self.progress.epoch += 1
         self.progress.batch = 0
         self._declare_epoch()
-        self._take_if(self._cadence.due_after_epoch(self.progress.epoch))
+        self._take_if(self._cadence.due_after_epoch(self.progress.epoch), overlap=False)
 
     def _declare_epoch(self) -> None:
         """Tell loaders that a new epoch begins (see loader.py); not said where a run goes on in the
@@ -278,35 +408,44 @@ class Snapshotter:
             if begin_epoch is not None:
                 begin_epoch()
 
-    def _take_if(self, due: bool) -> None:
+    def _take_if(self, due: bool, *, overlap: bool) -> None:
         if not self._committer.busy():
             if due or self._pending:
-                self._take()
+                self._take(overlap=overlap)
         elif due and not self._pending:
             self._pending = True
             self._committer.count_late()
 
-    def _take(self) -> Handle:
+    def _take(self, notes: Notes | None = None, *, overlap: bool = False) -> Handle:
+        previous = self._committer.newest
+        if previous is not None and isinstance(previous.error, TornError):
+            self._gated.give_up()
         handle = Handle(self.progress.step)
         self._last_start = time.monotonic()
         self._pending = False
-        self._committer.take(handle, self._begin, self._describe())
+
+        def begin() -> Capture:
+            lazy = self._gated.addresses()
+            return self._stager.begin(self._state(), lazy=lazy, overlap=overlap)
+
+        self._committer.take(handle, begin, self._describe(), notes or Notes())
         return handle
 
-    def _begin(self) -> Capture:
-        return self._stager.begin(self._state())
+    def _gate(self) -> None:
+        """An optimizer is about to change what may still have to be copied."""
+        newest = self._committer.newest
+        # A forked child has copies of the tensors.
+        if newest is not None and os.getpid() == self._owner:
+            newest.gate()
 
     def _describe(self) -> dict[str, Any]:
-        return {
-            "versions": {
-                "pysnap": __version__,
-                "torch": str(torch.__version__),
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
-            "host": platform.node(),
-            "progress": asdict(self.progress),
-            "user": self._metadata,
+        progress = self.progress.state()
+        progress["metrics"] = _finite(self.progress.metrics)
+        return self._description | {
+            "devices": provenance.devices(),
+            "parent": self._committer.parent,
+            "progress": progress,
+            "metrics": _finite(self._reported),
         }
 
     def _tell_failure(self) -> None:
@@ -314,15 +453,87 @@ class Snapshotter:
         if self._committer.newest is not None:
             self._committer.newest.raise_failure()
 
-    def _restore(self, snapshot: Snapshot) -> None:
-        rest = load_parts(snapshot, self._parts)
-        progress = rest["progress"]
-        if type(progress) is not dict or set(progress) != set(vars(self.progress)):
-            raise CorruptError(f"the progress in {snapshot.path} is not valid: {progress!r}")
-        for name, value in progress.items():
-            setattr(self.progress, name, value)
+    def _restore(self, snapshot: Snapshot, terms: Terms) -> None:
+        rest = load_parts(snapshot, self._parts, terms)
+        if "progress" in rest:
+            self._go_on_at(rest["progress"], snapshot)
+        for name in terms.restart:
+            begin_epoch = getattr(self._parts[name], "begin_epoch", None)
+            if begin_epoch is not None:
+                begin_epoch()
+                self.progress.batch = 0
+        self._tell_config(snapshot)
         # Last: whatever is loaded before may draw.
-        rng.restore(rest["rng"])
+        if "rng" in rest:
+            rng.restore(rest["rng"])
+
+    def _go_on_at(self, progress: object, snapshot: Snapshot) -> None:
+        try:
+            self.progress.load(progress)
+        except ValueError as error:
+            raise CorruptError(f"the progress in {snapshot.path} is not valid: {error}") from None
+        self._clock_start = time.monotonic() - self.progress.seconds
+        self._reported = dict(snapshot.metrics)
+        self._committer.parent = snapshot.manifest.id
+        self._resumed = True
+
+    def _tell_config(self, snapshot: Snapshot) -> None:
+        config = self._description["config"]
+        differences = provenance.differences(snapshot.manifest.metadata.get("config", {}), config)
+        if config and differences:
+            _log.warning(
+                "the configuration is not that of %s: %s", snapshot.path, "; ".join(differences)
+            )
+
+
+class _Gated:
+    """The tensors that nothing but a registered optimizer's step changes, so that they may be
+    copied until then, and the hooks before that step."""
+
+    def __init__(self, snapshotter: Snapshotter, wanted: bool) -> None:
+        """No tensor is one where `wanted` is false, or outside the main thread: only there it can
+        be found out whether a tensor changed too early (see `capture._Guard`)."""
+        in_main = threading.current_thread() is threading.main_thread()
+        self._optimizers = [
+            part
+            for part in (snapshotter._parts.values() if wanted and in_main else ())
+            if isinstance(part, torch.optim.Optimizer)
+        ]
+        # Weak, as in _Step.
+        owner = weakref.ref(snapshotter)
+
+        def gate(*_: object) -> None:
+            snapshotter = owner()
+            if snapshotter is not None:
+                snapshotter._gate()
+
+        self._hooks = [optimizer.register_step_pre_hook(gate) for optimizer in self._optimizers]
+
+    def addresses(self) -> set[int]:
+        """Where the parameters and the state of the optimizers are."""
+        tensors = (
+            tensor
+            for optimizer in self._optimizers
+            for tensor in (
+                *(p for group in optimizer.param_groups for p in group["params"]),
+                *(v for state in optimizer.state.values() for v in state.values()),
+            )
+            # Changes of the others are not counted.
+            if isinstance(tensor, torch.Tensor) and not tensor.is_inference()
+        )
+        return {tensor.data_ptr() for tensor in tensors}
+
+    def give_up(self) -> None:
+        """Something else changes them, too: they are copied at once from now on."""
+        if self._optimizers:
+            _log.warning("overlap is off from now on: something changed tensors too early")
+        self.close()
+
+    def close(self) -> None:
+        """Remove the hooks; safe to repeat."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._optimizers = [], []
 
 
 class _Step:
@@ -331,6 +542,7 @@ class _Step:
     def __init__(self, snapshotter: Snapshotter) -> None:
         # Weak: in a cycle, a Snapshotter that is dropped would keep its writer lock.
         self._snapshotter = weakref.ref(snapshotter)
+        self.samples = 0
 
     def __enter__(self) -> None:
         return None
@@ -345,12 +557,31 @@ class _Step:
         if snapshotter is None:
             return
         if kind is None:
-            snapshotter._finish_step()
+            snapshotter._finish_step(self.samples)
         else:
             snapshotter._mid_step = True
 
 
-def _release(committer: Committer, stager: Stager, repository: Repository, owner: int) -> None:
+def _rule(which: str | os.PathLike[str], step: int | None, tag: str | None) -> Which:
+    """The one rule that the arguments of `resume` name."""
+    if (which != "newest") + (step is not None) + (tag is not None) > 1:
+        raise ConfigError("resume takes one of which, step and tag")
+    if step is not None:
+        return Which.parse(f"step={step}", "step")
+    if tag is not None:
+        return Which.parse(f"tag={tag}", "tag")
+    return Which.parse(which, "which")
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: they are texts there."""
+    return {name: value if math.isfinite(value) else repr(value) for name, value in metrics.items()}
+
+
+def _release(
+    committer: Committer, gated: _Gated, stager: Stager, repository: Repository, owner: int
+) -> None:
+    gated.close()
     # In a forked child the engine's threads do not exist and the lock is closed already.
     if os.getpid() == owner:
         committer.close()

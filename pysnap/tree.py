@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import difflib
 import math
 import pathlib
 import re
@@ -30,16 +31,16 @@ import struct
 import sys
 import types
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from enum import Enum
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
-from pysnap.errors import CorruptError, MismatchError, StateError
+from pysnap.errors import CorruptError, MismatchError, NotFoundError, StateError
 
-__all__ = ["MAX_DEPTH", "Json", "covers", "decode", "encode", "join", "leaves"]
+__all__ = ["MAX_DEPTH", "Json", "covers", "decode", "encode", "join", "leaves", "prune"]
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
@@ -56,6 +57,7 @@ _MAX_INT_BITS = 14284
 _SCALAR = re.compile(r"[<|][biufcmMSU][0-9]{0,9}(\[[0-9]{0,9}[A-Za-z]{1,2}\])?")
 # Paths are cut to so many characters in messages.
 _MAX_SHOWN = 200
+_MAX_NAMES_SHOWN = 5
 
 
 def encode(value: object, put: Callable[[str, torch.Tensor | Array], int]) -> Json:
@@ -104,6 +106,20 @@ def leaves(node: Json) -> Iterator[tuple[str, int]]:
         yield names.unique(path), index
 
 
+def prune(node: Json, names: Collection[str]) -> Json:
+    """An encoded tree with only what `names` select: the values that one of them `covers`, tensors
+    and arrays by their paths in `leaves`.
+
+    Mappings keep the entries that are selected or hold something selected. A list or tuple that
+    holds something selected stays whole, for in it places have a meaning. Raises `NotFoundError`
+    for names that select nothing, and `CorruptError` as `leaves` does.
+    """
+    pruner = _Pruner(names)
+    pruned, _ = pruner.node(node, "", 0)
+    pruner.check_found()
+    return pruned
+
+
 class _Names:
     """Makes paths unique."""
 
@@ -150,33 +166,102 @@ def _encoded_part(key: Json, depth: int) -> str:
     return key if isinstance(key, str) else repr(key)
 
 
-def _walk(node: Json, path: str, depth: int) -> Iterator[tuple[str, int]]:
-    items: Iterable[tuple[object, Json]]
+def _opened(node: Json, path: str, depth: int) -> int | Iterable[tuple[object, Json]]:
+    """The index in a reference; keys, as paths show them, and values in another container."""
+    entries: Iterable[tuple[object, Json]]
     if type(node) is list:
-        items = enumerate(node)
+        entries = enumerate(node)
     elif type(node) is dict:
         try:
             tag = _tag(node)
             if tag is None:
-                items = node.items()
+                entries = node.items()
             elif tag in ("$tensor", "$array"):
-                yield path, _index(node[tag])
-                return
+                return _index(node[tag])
             elif tag == "$tuple":
-                items = enumerate(_list(node[tag]))
+                entries = enumerate(_list(node[tag]))
             elif tag in _PAIRS:
-                items = [(_encoded_part(key, depth + 1), child) for key, child in _pairs(node[tag])]
+                entries = [
+                    (_encoded_part(key, depth + 1), child) for key, child in _pairs(node[tag])
+                ]
             else:
-                return
+                return ()
         except ValueError as error:
             raise _corrupt(path, str(error)) from error
     else:
-        return
+        return ()
     if depth == MAX_DEPTH:
         raise _corrupt(path, f"it is nested deeper than {MAX_DEPTH}")
-    for key, child in items:
+    return entries
+
+
+def _walk(node: Json, path: str, depth: int) -> Iterator[tuple[str, int]]:
+    opened = _opened(node, path, depth)
+    if isinstance(opened, int):
+        yield path, opened
+        return
+    for key, child in opened:
         if type(child) is dict or type(child) is list:
             yield from _walk(child, join(path, key), depth + 1)
+
+
+class _Pruner:
+    """One run of `prune`."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._wanted = frozenset(names)
+        self._selectable: set[str] = set()  # every name that covers a value
+        self._names = _Names()
+
+    def node(self, node: Json, path: str, depth: int) -> tuple[Json, bool]:
+        """What stays of `node`, and whether anything in it is selected."""
+        opened = _opened(node, path, depth)
+        is_reference = isinstance(opened, int)
+        covering = _covering(self._names.unique(path) if is_reference else path)
+        self._selectable |= covering
+        selected = not covering.isdisjoint(self._wanted)
+        if isinstance(opened, int):
+            return node, selected
+        # What is in a selected container is visited too: other names may select there.
+        children = [self.node(child, join(path, key), depth + 1) for key, child in opened]
+        holds = any(holds for _, holds in children)
+        return node if selected else _with_selected(node, children), selected or holds
+
+    def check_found(self) -> None:
+        """Raise NotFoundError for the names that selected nothing."""
+        missing = sorted(self._wanted - self._selectable)
+        if not missing:
+            return
+        shown = []
+        for name in missing[:_MAX_NAMES_SHOWN]:
+            near = difflib.get_close_matches(name, self._selectable)
+            like = f" (did you mean {' or '.join(map(_quoted, near))}?)" if near else ""
+            shown.append(_quoted(name) + like)
+        more = len(missing) - len(shown)
+        raise NotFoundError(
+            f"nothing in the state is named {', '.join(shown)}"
+            + (f" and {more} more" if more else "")
+            + "; pysnap.open lists the names of its tensors"
+        )
+
+
+def _covering(path: str) -> set[str]:
+    """Every name that `covers` a path."""
+    return {path[: match.start()] for match in re.finditer(r"[/.]|\Z", path)}
+
+
+def _with_selected(node: Json, children: list[tuple[Json, bool]]) -> Json:
+    """`node` where it is no mapping; else with only those children that hold something selected."""
+    if type(node) is not dict:
+        return node
+    tag = _tag(node)
+    if tag is None:
+        items = zip(node, children, strict=True)
+        return {key: child for key, (child, holds) in items if holds}
+    if tag not in _PAIRS:
+        return node
+    pairs = zip(_pairs(node[tag]), children, strict=True)
+    return {tag: [[key, child] for (key, _), (child, holds) in pairs if holds]}
 
 
 def _quoted(path: str) -> str:

@@ -15,6 +15,8 @@ from support import assert_same, bits, flip
 import pysnap
 from pysnap import files, reader
 from pysnap.layout import TORCH_ELEMENTS
+from pysnap.repository import Snapshot
+from pysnap.restore import Restore
 
 ALL_DTYPES = [getattr(torch, name) for name in TORCH_ELEMENTS if hasattr(torch, name)]
 
@@ -227,14 +229,30 @@ def test_a_missing_pack_is_named(tmp_path: Path) -> None:
 def test_strides_of_a_manifest_do_not_lead_out_of_memory(
     tmp_path: Path, shape: list[int], strides: list[int]
 ) -> None:
-    """A tensor of 1000x1000 that repeats one row of the stream was restored past the end of it."""
+    """A tensor of 1000x1000 that repeats one row of the stream was restored past the end of it, and
+    an array with gaps past the end of its memory."""
     writer = Writer()
     values = np.arange(2000, dtype="<i4")
     writer.add(values.tobytes(), "int32", [2000])
     writer.alias(0, "int32", shape, strides=strides)
-    writer.write(tmp_path / "s", [{"$tensor": 1}])
-    loaded = pysnap.load(tmp_path / "s")[0]
-    assert torch.equal(loaded, torch.from_numpy(values).as_strided(shape, strides))
+    writer.alias(0, "<i4", shape, strides=strides)
+    writer.write(tmp_path / "s", [{"$tensor": 1}, {"$array": 2}])
+    tensor, array = pysnap.load(tmp_path / "s")
+    expected = torch.from_numpy(values).as_strided(shape, strides)
+    assert torch.equal(tensor, expected)
+    np.testing.assert_array_equal(array, expected.numpy())
+
+
+def test_an_array_with_strides_goes_into_a_live_one(tmp_path: Path) -> None:
+    writer = Writer()
+    values = np.arange(200, dtype="<i4")
+    writer.add(values.tobytes(), "int32", [200])
+    writer.alias(0, "<i4", [50], strides=[3])
+    writer.write(tmp_path / "s", [{"$array": 1}])
+    live = np.full(60, -1, dtype="<i4")
+    restore = Restore(Snapshot.open(tmp_path / "s"), {1: live[:50]})
+    restore.read()
+    np.testing.assert_array_equal(live, [*values[:150:3], *[-1] * 10])
 
 
 def test_load_of_what_is_no_snapshot(tmp_path: Path) -> None:
@@ -261,6 +279,87 @@ def test_load_tells_what_it_skips(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "step-000000002" in caplog.text
 
 
+# Parts of a state.
+
+
+def test_load_of_parts(tmp_path: Path) -> None:
+    shared = torch.randn(50, 4)
+    state = {
+        "model": {"encoder.weight": shared, "head.weight": shared[10:20], "bias": torch.ones(3)},
+        "optimizer": {"state": {0: {"m": torch.randn(3)}}, "groups": [{"lr": 0.1}, {"lr": 0.2}]},
+        "arrays": {"a": np.arange(7), "b": np.arange(9)},
+        "progress": {"step": 3},
+    }
+    path = pysnap.save(tmp_path / "s", state)
+    model, groups = state["model"], state["optimizer"]["groups"]
+    assert_same(pysnap.load(path, only=["model"]), {"model": model})
+    assert_same(pysnap.load(path, only=("arrays/b",)), {"arrays": {"b": np.arange(9)}})
+    assert_same(
+        pysnap.load(path, (name for name in ("optimizer/groups/0", "progress/step"))),
+        {"optimizer": {"groups": groups}, "progress": {"step": 3}},
+    )
+    assert_same(
+        pysnap.load(path, only=pysnap.open(path)),
+        {
+            "model": model,
+            "optimizer": {"state": state["optimizer"]["state"]},
+            "arrays": state["arrays"],
+        },
+    )
+    loaded = pysnap.load(path, only=["model/encoder", "model/head"])["model"]
+    assert list(loaded) == ["encoder.weight", "head.weight"]
+    loaded["encoder.weight"][15] = 7
+    assert (loaded["head.weight"][5] == 7).all()
+    alone = pysnap.load(path, only=["model/head"])["model"]["head.weight"]
+    assert_same(alone, shared[10:20])
+    assert alone.untyped_storage().nbytes() == 10 * 4 * 4
+
+
+def test_load_of_a_part_reads_its_chunks_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYSNAP_CHUNK_SIZE", "4KiB")
+    state = {name: {"w": torch.randn(1024)} for name in ("a", "b", "c")}
+    path = pysnap.save(tmp_path / "s", state)
+    offsets = [row[1] for row in reader.read_snapshot(path).manifest["chunks"]]
+    for name, offset in zip(state, offsets, strict=True):
+        flip(path / "0.pack", offset + 1)
+        for other in state:
+            if other == name:
+                with pytest.raises(pysnap.CorruptError, match=rf"0\.pack.*{name}/w"):
+                    pysnap.load(path, only=[other])
+            else:
+                assert_same(pysnap.load(path, only=[other]), {other: state[other]})
+        flip(path / "0.pack", offset + 1)
+
+
+def test_load_of_a_part_that_is_not_there(tmp_path: Path) -> None:
+    """It is not sought in older snapshots: that would mix two moments of the run."""
+    for step, values in enumerate([{"old": 1}, {"new": 2}]):
+        with pysnap.Snapshotter(tmp_path / "r", values=values) as snapshotter:
+            snapshotter.progress.step = step
+            snapshotter.save().wait()
+    assert pysnap.load(tmp_path / "r", only=["values"]) == {"values": {"new": 2}}
+    with pytest.raises(pysnap.NotFoundError, match=r'step-000000001: .*"values/old"'):
+        pysnap.load(tmp_path / "r", only=["values/new", "values/old"])
+    with pytest.raises(pysnap.NotFoundError, match=r'"valeus" .did you mean "values"'):
+        pysnap.load(tmp_path / "r" / "step-000000001", only=["valeus"])
+
+
+def test_load_of_a_part_of_a_tree_that_names_a_tensor_of_none(tmp_path: Path) -> None:
+    Writer().write(tmp_path / "s", {"a": {"$tensor": 7}, "b": 1})
+    assert pysnap.load(tmp_path / "s", only=["b"]) == {"b": 1}
+    with pytest.raises(pysnap.CorruptError, match="tensor 7 does not exist"):
+        pysnap.load(tmp_path / "s", only=["a"])
+
+
+@pytest.mark.parametrize("only", ["model", [], [1], [None], ["model", 2]])
+def test_names_that_are_none_are_refused(tmp_path: Path, only: Any) -> None:
+    path = pysnap.save(tmp_path / "s", {"model": {"m": 1}})
+    with pytest.raises(pysnap.ConfigError, match="only must be a list of names"):
+        pysnap.load(path, only)
+
+
 def test_load_beside_a_writer_that_removes_what_was_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,11 +369,11 @@ def test_load_beside_a_writer_that_removes_what_was_listed(
         snapshotter.save().wait()
         read = files.load_state
 
-        def replaced_meanwhile(snapshot: Any) -> Any:
+        def replaced_meanwhile(snapshot: Any, names: Any) -> Any:
             if snapshot.step == 0:
                 snapshotter.progress.step = 1
                 snapshotter.save().wait()
-            return read(snapshot)
+            return read(snapshot, names)
 
         monkeypatch.setattr(files, "load_state", replaced_meanwhile)
         assert pysnap.load(tmp_path)["progress"]["step"] == 1

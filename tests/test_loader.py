@@ -916,7 +916,6 @@ class OwnState(DataLoader[int]):
     ("loader", "message"),
     [
         ([1, 2], "takes a torch DataLoader, not a list"),
-        (DataLoader(Stream()), "torchdata.stateful_dataloader"),
         (DataLoader(Ids(), num_workers=1, in_order=False), "in_order"),
         (OwnIterator(Ids()), "OwnIterator iterates in its own way"),
         (OwnState(Ids()), "OwnState has a state_dict of its own"),
@@ -964,6 +963,27 @@ def test_another_state_is_refused() -> None:
         loader.load_state_dict({**running, "position": {**position, "random": states}})
         with pytest.raises(MismatchError, match=f"random generator '{name}'"):
             iter(loader)
+
+
+def test_the_entries_of_a_state_stay() -> None:
+    """A state of an older version can be loaded as long as they do."""
+    loader = resumable(DataLoader(Ids(), batch_size=2, shuffle=True))
+    next(iter(loader))
+    state = loader.state_dict()
+    assert state["format"] == 1
+    names = ["declared", "fingerprint", "format", "generators", "phase", "position", "workers"]
+    assert sorted(state) == names
+    names = ["delivered", "digest", "drawn", "epoch", "exhausted", "random", "random_first"]
+    assert sorted(state["position"]) == names
+    assert state["fingerprint"] == {
+        "dataset length": 7,
+        "batch size": 2,
+        "drop_last": False,
+        "sampler": "RandomSampler",
+        "batch sampler": "BatchSampler",
+        "number of batches": 4,
+        "generators": "",
+    }
 
 
 def test_passes_on_what_a_data_loader_has() -> None:

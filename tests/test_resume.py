@@ -64,7 +64,8 @@ def test_snapshots_at_the_end_of_an_epoch(
     second = Run(seed=99)
     with pysnap.Snapshotter(tmp_path, **second.parts) as snapshotter:
         snapshotter.resume()
-        assert vars(snapshotter.progress) == {"step": 6, "epoch": 1, "batch": 0}
+        progress = snapshotter.progress
+        assert (progress.step, progress.epoch, progress.batch) == (6, 1, 0)
         assert list(second.train(snapshotter)) == losses[6:]
     assert_same(second.state(), final)
 

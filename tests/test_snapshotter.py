@@ -200,7 +200,7 @@ def fail_writes(snapshotter: pysnap.Snapshotter) -> None:
     def broken(*_: object) -> None:
         raise pysnap.StorageError(errno.EIO, "writing failed", "0.pack")
 
-    snapshotter._stager.begin = lambda state: FailingCapture()  # type: ignore[method-assign,assignment,return-value]  # a broken disk
+    snapshotter._stager.begin = lambda state, **_: FailingCapture()  # type: ignore[method-assign,assignment,return-value]  # a broken disk
 
 
 class FailingCapture:
@@ -209,6 +209,8 @@ class FailingCapture:
     size = 0
 
     def copy(self) -> None: ...
+
+    def gate(self) -> None: ...
 
     def abort(self) -> None: ...
 
@@ -550,7 +552,7 @@ def test_ctrl_c_anywhere_before_the_capture_fails_its_handle(
 def test_ctrl_c_that_was_caught_is_not_raised_again(tmp_path: Path) -> None:
     snapshotter = pysnap.Snapshotter(tmp_path, values={"a": 1})
 
-    def interrupted(_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     snapshotter._stager.begin = interrupted  # type: ignore[method-assign,assignment]  # Ctrl-C there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import enum
 import functools
@@ -24,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pysnap import tree
-from pysnap.errors import CorruptError, MismatchError, StateError
+from pysnap.errors import CorruptError, MismatchError, NotFoundError, StateError
 
 # What torch says of its rarer dtypes and layouts.
 pytestmark = [
@@ -445,6 +446,140 @@ def test_paths_that_read_the_same_get_a_number() -> None:
     assert [path for path, _ in tree.leaves(node)] == store.paths
 
 
+# Parts of a tree.
+
+PRUNED_STATE: dict[Any, Any] = {
+    "model": {"encoder.weight": np.ones(1), "encoder.bias": np.ones(2), "encoders": np.ones(3)},
+    "optimizer": OrderedDict(
+        state={0: {"step": 3, "exp_avg": np.ones(4)}, 1: {"step": 4, "exp_avg": np.ones(5)}},
+        param_groups=[{"lr": 0.1, "params": [0]}, {"lr": 0.2, "params": [1]}],
+    ),
+    "progress": {"step": 7},
+    "pair": ({"a": 1}, {"b": {2}}),
+    "empty": {},
+    ("key", Color.RED): Counter(a=1, b=2),
+}
+MODEL = PRUNED_STATE["model"]
+OPTIMIZER = PRUNED_STATE["optimizer"]
+
+PRUNED: dict[str, tuple[list[str], object]] = {
+    "a part": (["model"], {"model": MODEL}),
+    "the root": ([""], PRUNED_STATE),
+    "a tensor": (["model/encoders"], {"model": {"encoders": MODEL["encoders"]}}),
+    "up to a dot": (
+        ["model/encoder"],
+        {"model": {key: MODEL[key] for key in ("encoder.weight", "encoder.bias")}},
+    ),
+    "several, in the order of the tree": (
+        ["progress/step", "model/encoders"],
+        {"model": {"encoders": MODEL["encoders"]}, "progress": {"step": 7}},
+    ),
+    "one within another": (["progress/step", "progress"], {"progress": {"step": 7}}),
+    "under integer keys": (
+        ["optimizer/state/1"],
+        {"optimizer": OrderedDict(state={1: OPTIMIZER["state"][1]})},
+    ),
+    "through a list": (
+        ["optimizer/param_groups/1/lr"],
+        {"optimizer": OrderedDict(param_groups=OPTIMIZER["param_groups"])},
+    ),
+    "an element of a list": (
+        ["optimizer/param_groups/0"],
+        {"optimizer": OrderedDict(param_groups=OPTIMIZER["param_groups"])},
+    ),
+    "through a tuple": (["pair/0/a"], {"pair": PRUNED_STATE["pair"]}),
+    "an empty container": (["empty"], {"empty": {}}),
+    "under a tuple as a key": (["(key, Color.RED)/b"], {("key", Color.RED): Counter(b=2)}),
+}
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_prune(name: str) -> None:
+    names, expected = PRUNED[name]
+    store = Store()
+    node = tree.encode(PRUNED_STATE, store.put)
+    before = json.dumps(node)
+    assert identity(tree.decode(tree.prune(node, names), store.get)) == identity(expected)
+    assert json.dumps(node) == before
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["modle"], r'named "modle" \(did you mean "model"\?\); pysnap\.open'),
+        (["model/encoder.wieght"], 'did you mean "model/encoder.weight"'),
+        (["model", "x", "y"], 'named "x", "y";'),
+        (["mode"], 'named "mode" '),
+        (["model/encoder.weight/0"], "named"),
+        (["pair/2"], 'named "pair/2"'),
+        (["pair/1/b/0"], "named"),
+        (["model/"], "named"),
+        (list("stuvwxyz"), "and 3 more;"),
+    ],
+)
+def test_prune_names_what_selects_nothing(names: list[str], message: str) -> None:
+    with pytest.raises(NotFoundError, match=message):
+        tree.prune(encoded(PRUNED_STATE), names)
+
+
+def test_prune_tells_paths_that_read_the_same_apart() -> None:
+    state = {"a": {0: np.ones(1), "0": np.ones(2)}, "b": {0: {"x": np.ones(3)}, "0": np.ones(4)}}
+    store = Store()
+    node = tree.encode(state, store.put)
+    assert store.paths == ["a/0", "a/0#2", "b/0/x", "b/0"]
+    for index, path in enumerate(store.paths[:3]):
+        assert [kept for _, kept in tree.leaves(tree.prune(node, [path]))] == [index]
+
+
+MAPPINGS = st.recursive(
+    st.builds(np.ones, st.just(1)) | st.integers(),
+    lambda children: (
+        st.dictionaries(KEYS, children, max_size=4)
+        | st.dictionaries(UNICODE, children, max_size=4).map(OrderedDict)
+    ),
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(states() | MAPPINGS, st.data())
+def test_prune_keeps_the_tensors_that_are_selected(state: object, data: st.DataObject) -> None:
+    store = Store()
+    node = tree.encode(state, store.put)
+    if not store.paths:
+        return
+    names = data.draw(st.sets(st.sampled_from(store.paths), min_size=1))
+    pruned = tree.prune(node, names)
+    selected = [
+        index
+        for index, path in enumerate(store.paths)
+        if any(tree.covers(name, path) for name in names)
+    ]
+    kept = [index for _, index in tree.leaves(pruned)]
+    assert set(selected) <= set(kept) and kept == sorted(kept)
+    tree.decode(pruned, store.get)
+    # "" is the path of the root, too.
+    if not holds_a_list(state) and "" not in names:
+        assert kept == selected
+
+
+def holds_a_list(state: object) -> bool:
+    if isinstance(state, dict):
+        return any(map(holds_a_list, state.values()))
+    return isinstance(state, (list, tuple))
+
+
+@given(st.text("ab/."), st.text("ab/."))
+def test_prune_selects_what_a_name_covers(name: str, path: str) -> None:
+    assert (name in tree._covering(path)) == tree.covers(name, path)
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(JSON_VALUES, st.text("a/", max_size=3))
+def test_prune_of_any_json_returns_or_raises_its_own_errors(node: Any, name: str) -> None:
+    with contextlib.suppress(CorruptError, NotFoundError):
+        tree.prune(node, [name])
+
+
 # What encode refuses.
 
 
@@ -755,9 +890,11 @@ def test_decode_refuses_deep_keys() -> None:
         {"$tensor": 0, "a": {"$tensor": 1}},
     ],
 )
-def test_leaves_refuses(node: Any) -> None:
+def test_leaves_and_prune_refuse(node: Any) -> None:
     with pytest.raises(CorruptError):
         list(tree.leaves(node))
+    with pytest.raises(CorruptError):
+        tree.prune(node, [""])
 
 
 def test_errors_of_get_are_not_hidden() -> None:

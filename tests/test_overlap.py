@@ -1,0 +1,389 @@
+"""What the optimizer alone changes is copied while training goes on, and a snapshot is still the
+state of one moment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import assert_same
+from torch import nn
+
+import pysnap
+from pysnap.capture import Capture
+
+WIDTH = 64  # a weight of 16 KiB, four chunks
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two slots: most of the state can be copied only when chunks have been written."""
+    monkeypatch.setenv("PYSNAP_CHUNK_SIZE", "4KiB")
+    monkeypatch.setenv("PYSNAP_HOST_MEMORY", "8KiB")
+
+
+class Disk:
+    """Writes nothing before `release`."""
+
+    def __init__(self) -> None:
+        self._released = threading.Event()
+        self.release = self._released.set
+        self.hold = self._released.clear
+        self.release()
+
+    def wait(self) -> None:
+        assert self._released.wait(60)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    disk = Disk()
+    write = Capture.write
+
+    def late(self: Capture, *args: Any, **options: Any) -> Any:
+        disk.wait()
+        return write(self, *args, **options)
+
+    monkeypatch.setattr(Capture, "write", late)
+    yield disk
+    disk.release()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.norm(self.linear(x)))
+        return out
+
+
+class Program:
+    def __init__(self, path: Path, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.net = Net()
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.1)
+        self.extra: dict[str, Any] = {}
+        # Has its state before the first snapshot.
+        self.train()
+        self.snapshotter = pysnap.Snapshotter(
+            path, model=self.net, optimizer=self.optimizer, **options
+        )
+
+    def loss(self) -> torch.Tensor:
+        loss: torch.Tensor = self.net(torch.randn(8, WIDTH)).square().mean()
+        return loss
+
+    def train(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": {name: t.clone() for name, t in self.net.state_dict().items()},
+            "optimizer": {
+                f"{index}/{name}": value.clone()
+                for index, values in self.optimizer.state_dict()["state"].items()
+                for name, value in values.items()
+            },
+        }
+
+
+def stored(path: Path) -> dict[str, Any]:
+    state = pysnap.load(path)
+    return {
+        "model": dict(state["model"]),
+        "optimizer": {
+            f"{index}/{name}": value
+            for index, values in state["optimizer"]["state"].items()
+            for name, value in values.items()
+        },
+    }
+
+
+def take(program: Program, disk: Disk) -> dict[str, Any]:
+    """A snapshot that is due at the end of a step, and cannot be copied but for two chunks; the
+    state at its moment."""
+    disk.hold()
+    with program.snapshotter.step():
+        program.train()
+    newest = program.snapshotter._committer.newest
+    assert newest is not None and not newest.wait_staged(0)
+    return program.state()
+
+
+def releases_at_the_gate(program: Program, disk: Disk) -> list[str]:
+    """Lets the disk write as soon as the training thread waits at the gate; what has happened."""
+    events: list[str] = []
+    gate = program.snapshotter._gate
+
+    def watched() -> None:
+        events.append("gate")
+        disk.release()
+        gate()
+
+    program.snapshotter._gate = watched  # type: ignore[method-assign]
+    return events
+
+
+# Exactness
+
+
+def accumulated(program: Program) -> None:
+    program.optimizer.zero_grad()
+    for _ in range(3):
+        program.loss().backward()
+    program.optimizer.step()
+
+
+def scaled(program: Program) -> None:
+    """The scaler skips the first step after the snapshot, for its gradients are infinite."""
+    for scale in (float("inf"), 2.0):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        program.optimizer.zero_grad(set_to_none=True)
+        scaler.scale(program.loss()).backward()
+        scaler.step(program.optimizer)
+
+
+def with_closure(program: Program) -> None:
+    def closure() -> torch.Tensor:
+        program.optimizer.zero_grad()
+        loss = program.loss()
+        loss.backward()
+        return loss
+
+    program.optimizer.step(closure)  # type: ignore[arg-type]  # the stub says float
+
+
+def in_backward(program: Program) -> None:
+    """The optimizer steps as soon as the last gradient is there, inside backward()."""
+    program.optimizer.zero_grad()
+    first = program.net.linear.bias
+    hook = first.register_post_accumulate_grad_hook(lambda _: program.optimizer.step())
+    program.loss().backward()
+    hook.remove()
+
+
+STEPS: dict[str, Callable[[Program], None]] = {
+    "plain": Program.train,
+    "accumulated gradients": accumulated,
+    "gradient scaler": scaled,
+    "closure": with_closure,
+    "optimizer in backward": in_backward,
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_optimizer_waits_until_everything_is_copied(
+    tmp_path: Path, disk: Disk, name: str
+) -> None:
+    program = Program(tmp_path, every=1)
+    expected = take(program, disk)
+    events = releases_at_the_gate(program, disk)
+    STEPS[name](program)
+    assert events
+    program.snapshotter.close()
+    assert_same(stored(tmp_path), expected)
+    assert program.snapshotter.stats().failed == 0
+
+
+def test_what_forward_changes_is_copied_at_once(tmp_path: Path, disk: Disk) -> None:
+    program = Program(tmp_path, every=1)
+    expected = take(program, disk)
+    program.loss()
+    assert not torch.equal(program.net.norm.running_mean, expected["model"]["norm.running_mean"])
+    disk.release()
+    program.snapshotter.close()
+    assert_same(stored(tmp_path), expected)
+
+
+def test_two_optimizers_that_step_at_different_times(tmp_path: Path, disk: Disk) -> None:
+    program = Program(tmp_path / "unused")
+    program.snapshotter.close()
+    second = torch.optim.SGD(program.net.head.parameters(), lr=0.1)
+    program.optimizer = torch.optim.AdamW(program.net.linear.parameters(), lr=0.1)
+    program.train()
+    program.snapshotter = pysnap.Snapshotter(
+        tmp_path / "run", model=program.net, optimizer=program.optimizer, second=second, every=1
+    )
+    expected = take(program, disk)
+    events = releases_at_the_gate(program, disk)
+    second.step()
+    assert events == ["gate"]
+    program.train()
+    program.snapshotter.close()
+    assert_same(stored(tmp_path / "run"), expected)
+
+
+def test_a_run_resumed_from_overlapped_snapshots_is_the_same(tmp_path: Path) -> None:
+    whole = Program(tmp_path / "whole")
+    for _ in range(6):
+        with whole.snapshotter.step():
+            whole.train()
+    whole.snapshotter.close()
+
+    first = Program(tmp_path / "cut", every=1)
+    for _ in range(3):
+        with first.snapshotter.step():
+            first.train()
+    first.snapshotter.close()
+    second = Program(tmp_path / "cut")
+    second.snapshotter.resume()
+    for _ in range(3):
+        with second.snapshotter.step():
+            second.train()
+    second.snapshotter.close()
+    assert_same(second.state(), whole.state())
+
+
+# A tensor that changes too early
+
+
+def clamp(program: Program) -> None:
+    with torch.no_grad():
+        program.net.linear.weight.clamp_(-0.01, 0.01)
+
+
+def load(program: Program) -> None:
+    program.net.load_state_dict(Net().state_dict())
+
+
+def unhooked(program: Program) -> None:
+    torch.optim.SGD(program.net.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("change", [clamp, load, unhooked])
+def test_a_tensor_that_changes_too_early_fails_the_snapshot(
+    tmp_path: Path,
+    disk: Disk,
+    change: Callable[[Program], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    program = Program(tmp_path, every=1, keep=pysnap.Keep(last=None))
+    program.snapshotter.save().wait()
+    take(program, disk)
+    change(program)
+    disk.release()
+    program.snapshotter._committer.wait_idle()
+    error = program.snapshotter._committer.newest.error  # type: ignore[union-attr]
+    assert isinstance(error, pysnap.TornError)
+    assert "model/linear" in str(error) and "overlap=False" in str(error)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000000"]
+
+    # From now on everything is copied at once.
+    disk.release()
+    with program.snapshotter.step():
+        program.train()
+    expected = program.state()
+    change(program)
+    program.snapshotter.close()
+    assert "overlap is off" in caplog.text
+    assert_same(stored(tmp_path), expected)
+
+
+def test_without_overlap_the_step_waits_for_the_copy(tmp_path: Path, disk: Disk) -> None:
+    program = Program(tmp_path, every=1, overlap=False)
+    with program.snapshotter.step():
+        program.train()
+    expected = program.state()
+    clamp(program)
+    program.snapshotter.close()
+    assert_same(stored(tmp_path), expected)
+
+
+def test_save_copies_at_once(tmp_path: Path) -> None:
+    program = Program(tmp_path)
+    expected = program.state()
+    program.snapshotter.save()
+    clamp(program)
+    program.snapshotter.close()
+    assert_same(stored(tmp_path), expected)
+
+
+# Durable without another step
+
+
+def test_it_becomes_durable_although_no_step_follows(tmp_path: Path) -> None:
+    """As in a long validation: the training thread never comes to the gate."""
+    program = Program(tmp_path, every=1)
+    with program.snapshotter.step():
+        program.train()
+    expected = program.state()
+    newest = program.snapshotter._committer.newest
+    assert newest is not None
+    deadline = time.monotonic() + 60
+    while not newest.done() and time.monotonic() < deadline:
+        pass
+    assert_same(stored(tmp_path), expected)
+    program.snapshotter.close()
+
+
+def test_the_training_thread_may_wait_for_it(tmp_path: Path, disk: Disk) -> None:
+    program = Program(tmp_path, every=1)
+    take(program, disk)
+    newest = program.snapshotter._committer.newest
+    assert newest is not None
+    disk.release()
+    assert newest.wait(60).step == 1
+    program.snapshotter.close()
+
+
+END = """
+import sys, threading
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_overlap import Program
+
+program = Program(Path(sys.argv[1]), every=1)
+with program.snapshotter.step():
+    program.train()
+{end}
+"""
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(3)", "1 / 0", "del program"])
+def test_it_becomes_durable_however_the_program_ends(tmp_path: Path, end: str) -> None:
+    code = END.format(tests=str(Path(__file__).parent), end=end)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        cwd=tmp_path,
+        check=False,
+        timeout=120,
+        stderr=subprocess.DEVNULL,
+    )
+    assert pysnap.load(tmp_path / "run")["progress"]["step"] == 1
+
+
+def test_outside_the_main_thread_everything_is_copied_at_once(tmp_path: Path) -> None:
+    states: list[Any] = []
+
+    def body() -> None:
+        program = Program(tmp_path, every=1)
+        with program.snapshotter.step():
+            program.train()
+        states.append(program.state())
+        clamp(program)
+        program.snapshotter.close()
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert_same(stored(tmp_path), states[0])
+
+
+def test_the_hooks_go_when_it_closes(tmp_path: Path) -> None:
+    program = Program(tmp_path)
+    assert program.optimizer._optimizer_step_pre_hooks
+    program.snapshotter.close()
+    assert not program.optimizer._optimizer_step_pre_hooks
