@@ -19,6 +19,7 @@
 
 #include "copy.h"
 #include "cpu.h"
+#include "cuda_driver.h"
 #include "digest.h"
 #include "engine.h"
 #include "error.h"
@@ -164,6 +165,8 @@ void raise(const Error& error) {
     case ErrorKind::kIo:
       name = "StorageError";
       break;
+    case ErrorKind::kDevice:
+      break;
     case ErrorKind::kCorrupt:
       name = "CorruptError";
       break;
@@ -256,7 +259,14 @@ PYBIND11_MODULE(_engine, module) {
            py::kw_only(), py::arg("chunk_size"), py::arg("slots"), py::arg("workers"),
            py::arg("copy_threads"), py::arg("nice"), py::arg("direct_io"), py::arg("zstd"),
            py::arg("adaptive"))
-      .def("reserve", &Engine::reserve, py::arg("size"))
+      .def("reserve", &Engine::reserve, py::arg("size"),
+           py::arg("devices") = std::vector<DeviceIndex>(),
+           py::call_guard<py::gil_scoped_release>())
+      .def("why_pageable",
+           [](const Engine& engine) {
+             const std::string why = engine.why_pageable();
+             return why.empty() ? std::nullopt : std::optional<std::string>(why);
+           })
       .def("wait_reserved", &Engine::wait_reserved, py::call_guard<py::gil_scoped_release>())
       .def(
           "begin",
@@ -265,7 +275,10 @@ PYBIND11_MODULE(_engine, module) {
             std::vector<Span> cut;
             for (const SpanRow& row : to_vector(spans))
               cut.push_back({row.raw, static_cast<Element>(row.element)});
-            return aborted_when_dropped(engine.begin(to_vector(extents), std::move(cut), eager));
+            std::vector<Extent> pieces = to_vector(extents);
+            // May open a device.
+            py::gil_scoped_release release;
+            return aborted_when_dropped(engine.begin(std::move(pieces), std::move(cut), eager));
           },
           py::arg("extents"), py::arg("spans"), py::arg("eager"), py::keep_alive<0, 1>())
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());
@@ -274,16 +287,16 @@ PYBIND11_MODULE(_engine, module) {
       "restore",
       [](const std::vector<std::pair<std::string, std::uint64_t>>& packs,
          const Rows<ChunkRow>& chunks, const Rows<Target>& targets, unsigned threads,
-         const std::vector<std::string>& zstd) {
+         const std::vector<std::string>& zstd, const Streams& streams) {
         const std::vector<PackFile> files = to_packs(packs);
         const std::vector<StoredChunk> table = to_chunks(chunks);
         const std::vector<Target> places = to_vector(targets);
         run_interruptibly([&] {
-          return restore(files, table, places, threads, open_zstd(zstd), signal_pending);
+          return restore(files, table, places, threads, open_zstd(zstd), streams, signal_pending);
         });
       },
       py::kw_only(), py::arg("packs"), py::arg("chunks"), py::arg("targets"), py::arg("threads"),
-      py::arg("zstd"));
+      py::arg("zstd"), py::arg("streams") = Streams());
   module.def(
       "verify",
       [](const std::vector<std::pair<std::string, std::uint64_t>>& packs,
@@ -319,6 +332,7 @@ PYBIND11_MODULE(_engine, module) {
   module.def(
       "has_zstd", [](const std::vector<std::string>& names) { return open_zstd(names) != nullptr; },
       py::arg("names"));
+  module.def("cuda_unavailable", &cuda_unavailable, py::call_guard<py::gil_scoped_release>());
   module.def("available_processors", &available_processors);
   module.def("simd_path", [] { return simd_path_name(best_simd_path()); });
 }
