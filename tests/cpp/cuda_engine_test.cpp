@@ -69,7 +69,7 @@ Bytes read_back(const std::string& path, const WrittenPack& pack) {
 }
 
 // A snapshot of tensors in host memory, which takes every slot there is.
-bool takes_a_host_snapshot(Engine& engine, const std::string& path, std::size_t chunks = 100) {
+bool takes_a_host_snapshot(Engine& engine, const std::string& path, std::size_t chunks = 20) {
   const DeviceState state(std::vector<std::size_t>(chunks, kChunk), {kHost});
   const std::shared_ptr<Job> job = begin(engine, state);
   std::future<WrittenPack> pack = write_pack_beside(*job, path);
@@ -372,7 +372,7 @@ TEST(a_call_that_is_refused_never_makes_a_wrong_snapshot) {
                                "cuMemHostUnregister",
                                "cuMemcpyDtoHAsync_v2",
                                "cuMemcpyDtoDAsync_v2"}) {
-    for (const unsigned nth : {1U, 2U, 3U, 5U, 8U, 13U, 21U}) {
+    for (const unsigned nth : {1U, 2U, 3U, 6U, 14U}) {
       const HealthyDriver driver;
       fake().set_late(FakeCuda::kCopies);
       fake().fail_call(function, nth, 999);
@@ -399,6 +399,26 @@ TEST(a_call_that_is_refused_never_makes_a_wrong_snapshot) {
       CHECK(takes_a_host_snapshot(*engine, path + ".next"));
     }
   }
+}
+
+// A capture that blocks inside the driver, as for memory that is not pinned, is waited for.
+TEST(close_waits_for_the_chunk_that_the_caller_copies) {
+  const HealthyDriver driver;
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold();
+  fake().fail_call("cuMemHostRegister_v2", 1, 2);
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  const DeviceState state(mixed_sizes(), {0});
+  const std::shared_ptr<Job> job = begin(*engine, state);
+  std::future<bool> captured =
+      std::async(std::launch::async, [&] { return job->capture(state.streams(), nullptr); });
+  while (fake().pageable_copies() == 0) std::this_thread::yield();
+  std::future<void> closed = std::async(std::launch::async, [&] { engine->close(); });
+  CHECK(closed.wait_for(kSoon) == std::future_status::timeout);
+  fake().release();
+  closed.get();
+  CHECK(captured.get());
+  CHECK(job->wait_staged(std::chrono::seconds(1)));
 }
 
 TEST(an_engine_may_go_while_devices_copy) {
