@@ -19,6 +19,7 @@
 
 #include "copy.h"
 #include "cpu.h"
+#include "cuda_driver.h"
 #include "digest.h"
 #include "engine.h"
 #include "error.h"
@@ -138,16 +139,24 @@ std::shared_ptr<const Zstd> open_zstd(const std::vector<std::string>& names) {
 }
 
 // A job that Python forgets (an exception between two bytecodes) must not stay in flight for ever.
-std::shared_ptr<Job> aborted_when_dropped(std::shared_ptr<Job> job) {
-  Job* pointer = job.get();
-  return std::shared_ptr<Job>(pointer, [job = std::move(job)](Job*) {
+// Not a shared pointer to the Job: pybind11 would take the one that the Job has of itself.
+class OwnedJob {
+ public:
+  explicit OwnedJob(std::shared_ptr<Job> job) : job_(std::move(job)) {}
+  OwnedJob(const OwnedJob&) = delete;
+  OwnedJob& operator=(const OwnedJob&) = delete;
+  ~OwnedJob() {
     try {
-      job->abort();
+      job_->abort();
     } catch (const Error&) {
       // A forked child: the job is its parent's.
     }
-  });
-}
+  }
+  Job* operator->() const { return job_.get(); }
+
+ private:
+  const std::shared_ptr<Job> job_;
+};
 
 py::object exception_type(const char* name) {
   return py::module_::import("pysnap.errors").attr(name);
@@ -163,6 +172,8 @@ void raise(const Error& error) {
       break;
     case ErrorKind::kIo:
       name = "StorageError";
+      break;
+    case ErrorKind::kDevice:
       break;
     case ErrorKind::kCorrupt:
       name = "CorruptError";
@@ -206,45 +217,48 @@ PYBIND11_MODULE(_engine, module) {
     }
   });
 
-  py::class_<Job, std::shared_ptr<Job>>(module, "Job")
+  py::class_<OwnedJob>(module, "Job")
       .def(
           "capture",
-          [](Job& job, const Streams& streams) {
-            run_interruptibly([&] { return job.capture(streams, signal_pending); });
+          [](OwnedJob& job, const Streams& streams) {
+            run_interruptibly([&] { return job->capture(streams, signal_pending); });
           },
           py::arg("streams") = Streams())
       .def(
           "gate",
-          [](Job& job, const Streams& streams) {
-            run_interruptibly([&] { return job.gate(streams, signal_pending); });
+          [](OwnedJob& job, const Streams& streams) {
+            run_interruptibly([&] { return job->gate(streams, signal_pending); });
           },
           py::arg("streams") = Streams())
-      .def("open_pack", &Job::open_pack, py::arg("path"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "open_pack", [](OwnedJob& job, const std::string& path) { job->open_pack(path); },
+          py::arg("path"), py::call_guard<py::gil_scoped_release>())
       .def(
           "wait_staged",
-          [](Job& job, std::optional<double> timeout) {
-            return wait_interruptibly(timeout, [&](auto piece) { return job.wait_staged(piece); });
+          [](OwnedJob& job, std::optional<double> timeout) {
+            return wait_interruptibly(timeout, [&](auto piece) { return job->wait_staged(piece); });
           },
           py::arg("timeout") = py::none())
       .def(
           "wait_written",
-          [](Job& job, std::optional<double> timeout) {
-            return wait_interruptibly(timeout, [&](auto piece) { return job.wait_written(piece); });
+          [](OwnedJob& job, std::optional<double> timeout) {
+            return wait_interruptibly(timeout,
+                                      [&](auto piece) { return job->wait_written(piece); });
           },
           py::arg("timeout") = py::none())
       .def("finish",
-           [](Job& job) {
+           [](OwnedJob& job) {
              WrittenPack written;
              {
                py::gil_scoped_release release;
-               written = job.finish();
+               written = job->finish();
              }
              Rows<ChunkRow> rows(static_cast<py::ssize_t>(written.chunks.size()));
              std::transform(written.chunks.begin(), written.chunks.end(), rows.mutable_data(),
                             to_row);
              return std::make_pair(rows, written.size);
            })
-      .def("abort", &Job::abort, py::call_guard<py::gil_scoped_release>());
+      .def("abort", [](OwnedJob& job) { job->abort(); }, py::call_guard<py::gil_scoped_release>());
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init([](std::size_t chunk_size, std::size_t slots, unsigned workers,
@@ -256,7 +270,14 @@ PYBIND11_MODULE(_engine, module) {
            py::kw_only(), py::arg("chunk_size"), py::arg("slots"), py::arg("workers"),
            py::arg("copy_threads"), py::arg("nice"), py::arg("direct_io"), py::arg("zstd"),
            py::arg("adaptive"))
-      .def("reserve", &Engine::reserve, py::arg("size"))
+      .def("reserve", &Engine::reserve, py::arg("size"),
+           py::arg("devices") = std::vector<DeviceIndex>(),
+           py::call_guard<py::gil_scoped_release>())
+      .def("why_pageable",
+           [](const Engine& engine) {
+             const std::string why = engine.why_pageable();
+             return why.empty() ? std::nullopt : std::optional<std::string>(why);
+           })
       .def("wait_reserved", &Engine::wait_reserved, py::call_guard<py::gil_scoped_release>())
       .def(
           "begin",
@@ -265,7 +286,11 @@ PYBIND11_MODULE(_engine, module) {
             std::vector<Span> cut;
             for (const SpanRow& row : to_vector(spans))
               cut.push_back({row.raw, static_cast<Element>(row.element)});
-            return aborted_when_dropped(engine.begin(to_vector(extents), std::move(cut), eager));
+            std::vector<Extent> pieces = to_vector(extents);
+            // May open a device.
+            py::gil_scoped_release release;
+            return std::make_unique<OwnedJob>(
+                engine.begin(std::move(pieces), std::move(cut), eager));
           },
           py::arg("extents"), py::arg("spans"), py::arg("eager"), py::keep_alive<0, 1>())
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());
@@ -274,16 +299,16 @@ PYBIND11_MODULE(_engine, module) {
       "restore",
       [](const std::vector<std::pair<std::string, std::uint64_t>>& packs,
          const Rows<ChunkRow>& chunks, const Rows<Target>& targets, unsigned threads,
-         const std::vector<std::string>& zstd) {
+         const std::vector<std::string>& zstd, const Streams& streams) {
         const std::vector<PackFile> files = to_packs(packs);
         const std::vector<StoredChunk> table = to_chunks(chunks);
         const std::vector<Target> places = to_vector(targets);
         run_interruptibly([&] {
-          return restore(files, table, places, threads, open_zstd(zstd), signal_pending);
+          return restore(files, table, places, threads, open_zstd(zstd), streams, signal_pending);
         });
       },
       py::kw_only(), py::arg("packs"), py::arg("chunks"), py::arg("targets"), py::arg("threads"),
-      py::arg("zstd"));
+      py::arg("zstd"), py::arg("streams") = Streams());
   module.def(
       "verify",
       [](const std::vector<std::pair<std::string, std::uint64_t>>& packs,
@@ -339,6 +364,7 @@ PYBIND11_MODULE(_engine, module) {
         return false;
       },
       py::arg("call"));
+  module.def("cuda_unavailable", &cuda_unavailable, py::call_guard<py::gil_scoped_release>());
   module.def("available_processors", &available_processors);
   module.def("simd_path", [] { return simd_path_name(best_simd_path()); });
 }

@@ -1,8 +1,10 @@
 #include "device.h"
 
+#include <algorithm>
 #include <string>
 
 #include "copy.h"
+#include "cuda_device.h"
 #include "error.h"
 
 namespace pysnap {
@@ -14,23 +16,44 @@ namespace {
 class HostDevice : public Device {
  public:
   void follow(StreamHandle) override {}
-  void read(void* slot, std::uint64_t address, std::size_t length) override {
-    stream_copy(slot, reinterpret_cast<const void*>(static_cast<std::uintptr_t>(address)), length);
+  void read(void* slot, const std::vector<Source>& sources) override {
+    auto* to = static_cast<std::uint8_t*>(slot);
+    for (const Source& source : sources) {
+      stream_copy(to, reinterpret_cast<const void*>(static_cast<std::uintptr_t>(source.address)),
+                  source.length);
+      to += source.length;
+    }
   }
   void write(std::uint64_t address, const void* slot, std::size_t length) override {
     stream_copy(reinterpret_cast<void*>(static_cast<std::uintptr_t>(address)), slot, length);
   }
   std::unique_ptr<Fence> fence() override { return nullptr; }
   void gate(StreamHandle) override {}
+  void pin(void*, std::size_t) override {}
+  void unpin(void*) noexcept override {}
 };
 
 }  // namespace
 
 std::shared_ptr<Device> open_device(DeviceIndex index) {
   if (index == kHost) return std::make_shared<HostDevice>();
-  throw Error(ErrorKind::kInvalid,
-              "CUDA device " + std::to_string(index) +
-                  ": this version captures host tensors only; move the tensor to the CPU first");
+  return open_cuda_device(index);
+}
+
+void order_streams(const Devices& devices, const Streams& streams,
+                   void (Device::*order)(StreamHandle)) {
+  for (const auto& [index, device] : devices) {
+    const bool named = std::any_of(streams.begin(), streams.end(),
+                                   [&](const auto& stream) { return stream.first == index; });
+    if (index != kHost && !named) {
+      throw Error(ErrorKind::kInvalid,
+                  "no stream of CUDA device " + std::to_string(index) + " was given");
+    }
+  }
+  for (const auto& [index, stream] : streams) {
+    if (auto device = devices.find(index); device != devices.end())
+      (device->second.get()->*order)(stream);
+  }
 }
 
 }  // namespace pysnap

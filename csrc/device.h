@@ -2,8 +2,10 @@
 // knows only this interface.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -27,34 +29,59 @@ struct Extent {
   DeviceIndex device;
 };
 
-// Becomes complete when the copies before it are. wait() may be called by any thread; it throws
-// Error(kIo) if a copy failed.
+// Bytes in the memory of one device.
+struct Source {
+  std::uint64_t address;
+  std::size_t length;
+};
+
+// How long whoever must give memory back waits for copies of a device that seems to hang. Long: the
+// copies come after all that the caller has queued.
+constexpr std::chrono::milliseconds kDeviceTimeout{30'000};
+
+// Becomes complete when the copies before it are. Any thread may ask, one at a time.
 class Fence {
  public:
   virtual ~Fence() = default;
-  virtual void wait() = 0;
+  // Does not block. Throws Error(kDevice) where the copies failed; they have ended then, too.
+  virtual bool is_complete() = 0;
 };
 
-// One place. Copies may be asynchronous: a slot that was read into may be looked at only after a
-// later fence, and a slot that is written from may be reused only then. Thread safe.
+// One place. Copies may be asynchronous: a slot that was read into may be looked at, and a slot
+// that was written from may be reused, only after a later fence is complete. After an exception of
+// read or write a part may be under way all the same. Thread safe. No call waits for the device,
+// but for copies to or from memory that is not pinned.
 class Device {
  public:
   virtual ~Device() = default;
 
   // Copies that are issued later start after all that is queued on `stream` now.
   virtual void follow(StreamHandle stream) = 0;
-  // Copies bytes from the device into `slot`.
-  virtual void read(void* slot, std::uint64_t address, std::size_t length) = 0;
+  // Copies `sources` from the device into `slot`, end to end.
+  virtual void read(void* slot, const std::vector<Source>& sources) = 0;
   // Copies bytes from `slot` to the device.
   virtual void write(std::uint64_t address, const void* slot, std::size_t length) = 0;
-  // Null where everything issued so far is complete already.
+  // Null where everything issued so far is complete already. Does not throw Error.
   virtual std::unique_ptr<Fence> fence() = 0;
-  // What is queued on `stream` later starts after the copies issued so far. Does not block the
-  // caller.
+  // What is queued on `stream` later starts after the copies issued so far.
   virtual void gate(StreamHandle stream) = 0;
+
+  // Registers host memory, page-aligned, so that copies to and from it are asynchronous and fast,
+  // on every device of the kind. Slow. Throws Error(kDevice) where that is refused.
+  virtual void pin(void* memory, std::size_t size) = 0;
+  // Before the memory is given back.
+  virtual void unpin(void* memory) noexcept = 0;
 };
 
-// Never null; throws Error(kInvalid) for a device that this build or machine does not have.
+using Devices = std::map<DeviceIndex, std::shared_ptr<Device>>;
+
+// Never null; throws Error(kInvalid) for a device that this machine does not have, Error(kDevice)
+// for one that refuses.
 std::shared_ptr<Device> open_device(DeviceIndex index);
+
+// Calls `order` (follow or gate) for every stream whose device is one of `devices`. Throws
+// Error(kInvalid) where one that has streams is not named: its copies would be in no order.
+void order_streams(const Devices& devices, const Streams& streams,
+                   void (Device::*order)(StreamHandle));
 
 }  // namespace pysnap

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <exception>
+#include <set>
 
 #include "buffer.h"
 #include "digest.h"
@@ -11,9 +12,6 @@
 namespace pysnap {
 
 namespace {
-
-// How long a wait lasts before it looks whether it was interrupted.
-constexpr std::chrono::milliseconds kPoll{100};
 
 // Objects of a forked child are never destroyed: their mutexes may be locked by threads that do not
 // exist there.
@@ -49,7 +47,7 @@ Job::Job(Engine& engine, std::vector<Extent> extents, std::vector<Span> spans, s
   for (const Extent& extent : extents_) {
     extent_starts_.push_back(stream);
     stream += extent.length;
-    if (devices_.count(extent.device) == 0) devices_[extent.device] = open_device(extent.device);
+    if (devices_.count(extent.device) == 0) devices_[extent.device] = engine_.device(extent.device);
   }
   std::uint64_t covered = 0;
   for (const Span& span : spans_) {
@@ -74,20 +72,16 @@ Job::Job(Engine& engine, std::vector<Extent> extents, std::vector<Span> spans, s
 
 bool Job::capture(const Streams& streams, const Interrupted& interrupted) {
   engine_.check_process();
+  order(streams, &Device::follow);
   {
     std::lock_guard<std::mutex> lock(engine_.mutex_);
     copy_limit_ = eager_;
-    try {
-      for (const auto& [index, stream] : streams) {
-        if (auto device = devices_.find(index); device != devices_.end())
-          device->second->follow(stream);
-      }
-    } catch (const Error& error) {
-      fail(error);
-    }
   }
   engine_.copies_.notify_all();
   const bool completed = copy_until_done(interrupted);
+  // Whatever is eager may be changed by what the caller queues next; without a copy in the device's
+  // memory, which would take as much memory there, it must wait for the copies.
+  order(streams, &Device::gate);
   {
     std::lock_guard<std::mutex> lock(engine_.mutex_);
     holding_ = false;
@@ -102,16 +96,18 @@ bool Job::capture(const Streams& streams, const Interrupted& interrupted) {
 bool Job::gate(const Streams& streams, const Interrupted& interrupted) {
   engine_.check_process();
   if (!copy_until_done(interrupted)) return false;
+  order(streams, &Device::gate);
+  return true;
+}
+
+// A copy that is in no order may read what another step wrote: the job fails.
+void Job::order(const Streams& streams, void (Device::*order)(StreamHandle)) {
   try {
-    for (const auto& [index, stream] : streams) {
-      if (auto device = devices_.find(index); device != devices_.end())
-        device->second->gate(stream);
-    }
+    order_streams(devices_, streams, order);
   } catch (const Error& error) {
     std::lock_guard<std::mutex> lock(engine_.mutex_);
     fail(error);
   }
-  return true;
 }
 
 // Copies beside the helpers until nothing is left that may be copied and nobody copies any more;
@@ -169,46 +165,68 @@ void Job::copy_next(Slot slot) {
   const std::size_t chunk = next_copy_++;
   ++copying_;
   lock.unlock();
-  std::optional<Staged> staged;
+  std::optional<InFlight> flight;
   std::optional<Error> failure;
   try {
-    staged.emplace(stage(chunk, std::move(slot)));
+    flight.emplace(stage(chunk, std::move(slot)));
+    failure = flight->failure;
   } catch (const std::exception& caught) {
     failure = to_failure(caught);
   }
   lock.lock();
   --copying_;
   if (failure) fail(*failure);
-  if (!failure_) staged_.push_back(std::move(*staged));
+  if (flight && !flight->fences.empty()) {
+    // Of a failed job, too: its slot may be used again only when the devices are done with it.
+    ++landing_;
+    engine_.landing_.push_back({shared_from_this(), chunk, std::move(*flight)});
+    engine_.landed_.notify_one();
+  } else if (!failure_) {
+    staged_.push_back({chunk, std::move(flight->slot)});
+  }
   lock.unlock();
   engine_.progress_.notify_all();
   engine_.work_.notify_one();
 }
 
-Job::Staged Job::stage(std::size_t chunk, Slot slot) const {
+// Copies the chunk, or has devices copy it; a failure of a device is kept in the result, for others
+// may be copying.
+InFlight Job::stage(std::size_t chunk, Slot slot) const {
   std::uint64_t position = chunk_starts_[chunk];
   const std::uint64_t end = position + spans_[chunk].raw;
   std::uint8_t* to = slot.data();
   // The last extent that starts at or before the chunk; those of no length before it do not matter.
   std::size_t i = std::upper_bound(extent_starts_.begin(), extent_starts_.end(), position) -
                   extent_starts_.begin() - 1;
-  Staged staged{chunk, std::move(slot), {}};
-  std::map<DeviceIndex, Device*> used;
-  for (; position < end; ++i) {
-    const Extent& extent = extents_[i];
-    const std::uint64_t skip = position - extent_starts_[i];
-    const std::uint64_t length = std::min(extent.length - skip, end - position);
-    if (length == 0) continue;
-    Device* device = devices_.at(extent.device).get();
-    device->read(to, extent.address + skip, length);
-    used[extent.device] = device;
-    to += length;
-    position += length;
+  InFlight flight{std::move(slot), {}, {}};
+  flight.fences.reserve(devices_.size());
+  std::set<Device*> used;
+  try {
+    while (position < end) {
+      // A stretch of extents on one device.
+      const DeviceIndex index = extents_[i].device;
+      std::uint8_t* const start = to;
+      std::vector<Source> sources;
+      for (; position < end && extents_[i].device == index; ++i) {
+        const std::uint64_t skip = position - extent_starts_[i];
+        const std::uint64_t length = std::min(extents_[i].length - skip, end - position);
+        if (length == 0) continue;
+        sources.push_back({extents_[i].address + skip, static_cast<std::size_t>(length)});
+        to += length;
+        position += length;
+      }
+      if (sources.empty()) continue;
+      Device* const device = devices_.at(index).get();
+      used.insert(device);
+      device->read(start, sources);
+    }
+  } catch (const Error& error) {
+    flight.failure = error;
   }
-  for (const auto& [index, device] : used) {
-    if (std::unique_ptr<Fence> fence = device->fence()) staged.fences.push_back(std::move(fence));
+  for (Device* device : used) {
+    if (std::unique_ptr<Fence> fence = device->fence()) flight.fences.push_back(std::move(fence));
   }
-  return staged;
+  return flight;
 }
 
 void Job::open_pack(const std::string& path) {
@@ -236,7 +254,7 @@ bool Job::wait_staged(std::chrono::milliseconds timeout) {
   engine_.check_process();
   std::unique_lock<std::mutex> lock(engine_.mutex_);
   return engine_.progress_.wait_for(
-      lock, timeout, [&] { return copying_ == 0 && (failure_ || next_copy_ == spans_.size()); });
+      lock, timeout, [&] { return is_idle() && (failure_ || next_copy_ == spans_.size()); });
 }
 
 bool Job::wait_written(std::chrono::milliseconds timeout) {
@@ -297,6 +315,7 @@ void Job::fail(const Error& error) {
 // The caller may free its tensors after this, and the engine takes the next job.
 void Job::end(std::unique_lock<std::mutex>& lock) {
   engine_.progress_.wait(lock, [&] { return copying_ == 0; });
+  engine_.progress_.wait_for(lock, engine_.options_.device_timeout, [&] { return is_idle(); });
   if (engine_.active_.get() == this) engine_.active_.reset();
 }
 
@@ -334,20 +353,37 @@ void Engine::start() {
   for (unsigned i = 0; i < options_.workers; ++i) {
     threads_.push_back(start_thread("pysnap-write", [this] { work(); }, options_.nice));
   }
+  lander_ = start_thread("pysnap-land", [this] { land(); });
   // One helper at least: without it, what is copied lazily would wait for the gate.
   for (unsigned i = 0; i < std::max(1u, options_.copy_threads - 1); ++i) {
     threads_.push_back(start_thread("pysnap-copy", [this] { help_copy(); }));
   }
 }
 
-void Engine::reserve(std::uint64_t bytes) {
+void Engine::reserve(std::uint64_t bytes, const std::vector<DeviceIndex>& devices) {
   check_process();
+  for (DeviceIndex index : devices) device(index);
   pool_->reserve(static_cast<std::size_t>(bytes / options_.chunk_size + 1));
 }
 
 void Engine::wait_reserved() {
   check_process();
   pool_->wait_reserved();
+}
+
+std::string Engine::why_pageable() const {
+  check_process();
+  return pool_->why_pageable();
+}
+
+std::shared_ptr<Device> Engine::device(DeviceIndex index) {
+  std::lock_guard<std::mutex> lock(devices_mutex_);
+  std::shared_ptr<Device>& device = devices_[index];
+  if (device == nullptr) {
+    device = open_device(index);
+    if (index != kHost) pool_->pin(device);
+  }
+  return device;
 }
 
 std::shared_ptr<Job> Engine::begin(std::vector<Extent> extents, std::vector<Span> spans,
@@ -364,20 +400,64 @@ std::shared_ptr<Job> Engine::begin(std::vector<Extent> extents, std::vector<Span
 
 void Engine::close() {
   check_process();
+  std::shared_ptr<Job> job;
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     closing_ = true;
-    if (active_ != nullptr) {
-      active_->fail(
-          Error(ErrorKind::kClosed, "the engine was closed before the snapshot was written"));
-      active_.reset();
+    job = std::move(active_);
+    active_.reset();
+    if (job != nullptr) {
+      job->fail(Error(ErrorKind::kClosed, "the engine was closed before the snapshot was written"));
     }
   }
   work_.notify_all();
   copies_.notify_all();
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    // The caller may be in the middle of a chunk.
+    if (job != nullptr) progress_.wait(lock, [&] { return job->copying_ == 0; });
+    last_landing_ = std::chrono::steady_clock::now() + options_.device_timeout;
+  }
+  landed_.notify_all();
+  if (lander_.joinable()) lander_.join();
   pool_->stop();
+  std::lock_guard<std::mutex> lock(devices_mutex_);
+  devices_.clear();
+}
+
+// Waits for what devices copy, the oldest first, and hands it to the workers; of a job that has
+// failed, the slot goes back.
+void Engine::land() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    landed_.wait(lock, [&] { return last_landing_ || !landing_.empty(); });
+    if (landing_.empty()) return;
+    InFlight& oldest = landing_.front().flight;
+    lock.unlock();
+    bool over = true;
+    std::optional<Error> failure;
+    try {
+      over = oldest.wait(kPoll);
+    } catch (const Error& error) {
+      failure = error;
+    }
+    lock.lock();
+    if (!over && (!last_landing_ || std::chrono::steady_clock::now() < *last_landing_)) continue;
+    std::optional<Landing> landing(std::move(landing_.front()));
+    landing_.pop_front();
+    Job& job = *landing->job;
+    --job.landing_;
+    if (failure) job.fail(*failure);
+    if (!job.failure_) job.staged_.push_back({landing->chunk, std::move(landing->flight.slot)});
+    lock.unlock();
+    progress_.notify_all();
+    work_.notify_one();
+    if (!over) abandon(std::move(landing->flight));
+    landing.reset();
+    lock.lock();
+  }
 }
 
 void Engine::help_copy() {
@@ -416,7 +496,6 @@ void Engine::work() {
         out = make_buffer(options_.chunk_size);
         encoder.emplace(options_.zstd);
       }
-      for (const std::unique_ptr<Fence>& fence : staged->fences) fence->wait();
       const auto start = std::chrono::steady_clock::now();
       chunk = write(*pack, span, staged->slot, encoded ? &*encoder : nullptr, out.get());
       busy = std::chrono::steady_clock::now() - start;

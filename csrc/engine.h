@@ -5,8 +5,10 @@
 //   another thread:  job->open_pack(path); job->wait_written(...); job->finish();
 //   the caller:      job->capture(streams, interrupted);  ... training ...  job->gate(stream);
 //
-// Threads: `copy_threads` - 1 helpers (one at least) copy beside the caller; `workers` low-priority
-// threads encode and write. None of them knows Python.
+// Threads: `copy_threads` - 1 helpers (one at least) copy beside the caller; one waits for the
+// copies of devices; `workers` low-priority threads encode and write. None of them knows Python.
+//
+// CUDA is opened when the first of its extents is seen (or by reserve), and not before.
 #pragma once
 
 #include <unistd.h>
@@ -29,6 +31,7 @@
 #include "choice.h"
 #include "device.h"
 #include "error.h"
+#include "in_flight.h"
 #include "pack.h"
 #include "slot_pool.h"
 #include "zstd.h"
@@ -44,6 +47,7 @@ struct EngineOptions {
   bool direct_io = true;             // where the file system can
   std::shared_ptr<const Zstd> zstd;  // null: every chunk is stored raw
   bool adaptive = false;             // encode only chunks that are written sooner so (see Choice)
+  std::chrono::milliseconds device_timeout = kDeviceTimeout;
 };
 
 // One chunk of the stream before it is written.
@@ -60,6 +64,8 @@ struct WrittenPack {
 
 // Polled while the caller waits; true ends the wait and aborts the job (Ctrl-C).
 using Interrupted = std::function<bool()>;
+// How long a wait lasts before it looks whether it was interrupted.
+constexpr std::chrono::milliseconds kPoll{100};
 
 class Engine;
 
@@ -67,34 +73,41 @@ class Engine;
 // may be called by any thread, unless it says otherwise. A failure (of a copy, a write, the disk)
 // is kept and thrown by wait_written and finish; it never leaves capture or gate, so that training
 // goes on.
-class Job {
+//
+// A device's bytes are read in the order of its streams, and the caller's CPU does not wait for
+// that: the copies are queued behind what `streams` have queued before capture(), and what the
+// caller queues on `streams` after capture() (for eager chunks) or gate() (for all) comes after
+// them. So the caller may queue work that changes a tensor then, but must neither free the tensor,
+// nor change it by the CPU or on another stream, before wait_staged(). `streams` names the caller's
+// current stream of every device that an extent is on; a job whose device is not named fails.
+class Job : public std::enable_shared_from_this<Job> {
  public:
-  // Copies the eager chunks; returns when their bytes have been read, or the job has failed. The
-  // lazy ones are then copied in the background. Blocks for the copy, and for slots where the state
-  // is larger than the staging memory. `streams` names the caller's current stream of each device.
-  // Called once, by one thread; false if `interrupted` ended it.
+  // Copies the eager chunks; returns when their bytes on the host have been read, and the copies of
+  // those on devices are queued and ordered, or the job has failed. The lazy ones are then copied
+  // in the background. Blocks for the copies of host memory, and for slots where the state is
+  // larger than the staging memory. Called once, by one thread; false if `interrupted` ended it.
   bool capture(const Streams& streams, const Interrupted& interrupted);
 
   // May not be passed before every byte has been read: on the host it copies what is left and
-  // waits, on a device it makes `streams` wait without blocking the caller. False if `interrupted`
-  // ended it.
+  // waits, on a device it makes `streams` wait. The caller waits only for device copies that could
+  // not be queued before because slots ran out. False if `interrupted` ended it.
   bool gate(const Streams& streams, const Interrupted& interrupted);
 
   // Creates the pack and reserves its space; from now on chunks are written. Called once. Throws
   // Error, which is then the failure of the job.
   void open_pack(const std::string& path);
 
-  // True once no tensor is read any more: every byte is in staging memory, or the job has failed.
-  // False after `timeout`.
+  // True once no tensor is read any more: every byte is in staging memory, or the job has failed
+  // and no copy is under way, on any device. False after `timeout`.
   bool wait_staged(std::chrono::milliseconds timeout);
   // True once every chunk is in the pack; false after `timeout`. Throws the failure of the job.
   bool wait_written(std::chrono::milliseconds timeout);
   // Makes the pack durable. Blocks for the disk. Throws the failure of the job, or Error(kInvalid)
-  // while chunks are still to be written; in every other case the job has ended, and no tensor is
-  // read any more.
+  // while chunks are still to be written; in every other case the job has ended, as after abort().
   WrittenPack finish();
   // Gives up: no tensor is read any more, nothing new is written. Blocks for the chunks being
-  // copied, not for a write in flight. Ends the job.
+  // copied, not for a write in flight. Ends the job. Copies of a device that take longer than
+  // `device_timeout` go on; their slots are not used again before they are over.
   void abort();
 
  private:
@@ -102,7 +115,6 @@ class Job {
   struct Staged {
     std::size_t chunk;
     Slot slot;
-    std::vector<std::unique_ptr<Fence>> fences;
   };
 
   Job(Engine& engine, std::vector<Extent> extents, std::vector<Span> spans, std::size_t eager);
@@ -110,9 +122,11 @@ class Job {
   void copy(const Interrupted& interrupted);
   std::optional<Slot> wait_for_slot(const Interrupted& interrupted);
   void copy_next(Slot slot);
-  Staged stage(std::size_t chunk, Slot slot) const;
+  InFlight stage(std::size_t chunk, Slot slot) const;
+  void order(const Streams& streams, void (Device::*order)(StreamHandle));
   // With engine_.mutex_ held:
   bool may_copy() const { return !failure_ && next_copy_ < copy_limit_; }
+  bool is_idle() const { return copying_ == 0 && landing_ == 0; }
   bool is_written() const { return pack_ != nullptr && written_ == spans_.size(); }
   bool may_write() const { return pack_ != nullptr && !holding_ && !staged_.empty(); }
   void fail(const Error& error);
@@ -125,12 +139,13 @@ class Job {
   const std::size_t eager_;
   std::vector<std::uint64_t> extent_starts_;  // offsets in the stream
   std::vector<std::uint64_t> chunk_starts_;
-  std::map<DeviceIndex, std::shared_ptr<Device>> devices_;
+  Devices devices_;
 
   // Guarded by engine_.mutex_.
   std::size_t next_copy_ = 0;   // chunks below it have been given to a copying thread
   std::size_t copy_limit_ = 0;  // chunks below it may be copied now
-  std::size_t copying_ = 0;     // chunks being copied
+  std::size_t copying_ = 0;     // chunks that a thread is copying
+  std::size_t landing_ = 0;     // chunks that devices are copying
   std::size_t written_ = 0;
   bool holding_ = true;  // workers stay away while the caller copies, as long as there are slots
   std::deque<Staged> staged_;
@@ -148,18 +163,23 @@ class Engine {
   static std::shared_ptr<Engine> create(EngineOptions options);
   ~Engine();
 
-  // Has staging memory for `bytes` (bounded by the slots) mapped and touched in the background.
-  void reserve(std::uint64_t bytes);
+  // Has staging memory for `bytes` (bounded by the slots) mapped and touched in the background, and
+  // registered where one of `devices` is a CUDA device. Opens `devices`; throws as open_device.
+  void reserve(std::uint64_t bytes, const std::vector<DeviceIndex>& devices = {});
   // Blocks until that is done.
   void wait_reserved();
+  // Why copies of CUDA devices are slower than need be and block the caller; empty if they are not.
+  std::string why_pageable() const;
 
   // `extents` laid end to end are the stream, `spans` cut it into chunks; the first `eager` chunks
   // are copied by capture(), the others later. No I/O, no copy. Throws Error(kInvalid) for
-  // arguments that do not fit, or while another job is in flight.
+  // arguments that do not fit, or while another job is in flight; and as open_device.
   std::shared_ptr<Job> begin(std::vector<Extent> extents, std::vector<Span> spans,
                              std::size_t eager);
 
-  // Aborts the job in flight and joins the threads; blocks for a write in flight. Safe to repeat.
+  // Aborts the job in flight and joins the threads; blocks for a write in flight, and for copies of
+  // devices up to `device_timeout`: staging memory that is still copied to then is never given
+  // back. Safe to repeat.
   void close();
 
  private:
@@ -169,6 +189,8 @@ class Engine {
   void start();
   void work();
   void help_copy();
+  void land();
+  std::shared_ptr<Device> device(DeviceIndex index);
   bool encodes(Element element);
   StoredChunk write(PackWriter& pack, const Span& span, const Slot& slot, PlanesEncoder* encoder,
                     std::uint8_t* out) const;
@@ -178,17 +200,33 @@ class Engine {
   const pid_t owner_;
   std::shared_ptr<SlotPool> pool_;
 
+  // Guards devices_ alone; taken before mutex_, as opening a device takes long.
+  std::mutex devices_mutex_;
+  Devices devices_;
+
+  // A chunk that devices copy. It stays where it is while the lander looks at its fences.
+  struct Landing {
+    std::shared_ptr<Job> job;
+    std::size_t chunk;
+    InFlight flight;
+  };
+
   std::mutex mutex_;
   // Guarded by mutex_.
   std::condition_variable work_;      // something to write, or closing
   std::condition_variable copies_;    // something to copy, or closing
+  std::condition_variable landed_;    // devices copy a chunk, or nothing more will land
   std::condition_variable progress_;  // a chunk was staged or written, or a job failed
   std::shared_ptr<Job> active_;
   Choice choice_;
+  std::deque<Landing> landing_;
   bool closing_ = false;
+  // When the lander ends, whatever still flies; nothing is added from then on.
+  std::optional<std::chrono::steady_clock::time_point> last_landing_;
 
   // Touched by create and close alone.
   std::vector<std::thread> threads_;
+  std::thread lander_;
 };
 
 }  // namespace pysnap

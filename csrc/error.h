@@ -10,6 +10,7 @@ namespace pysnap {
 enum class ErrorKind {
   kInvalid,  // the caller passed something that cannot be
   kIo,       // the operating system refused; error_number() and path() say what and where
+  kDevice,   // a CUDA device or its driver refused, or a copy there failed
   kCorrupt,  // stored bytes are not what was written; path() and chunk() say where
   kClosed,   // the engine is closed, the job was aborted, or this is a forked child
 };

@@ -8,14 +8,18 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <thread>
 
 #include "buffer.h"
 #include "codec.h"
+#include "copy.h"
 #include "digest.h"
 #include "error.h"
 #include "file.h"
+#include "in_flight.h"
 #include "mapping.h"
+#include "slot_pool.h"
 #include "thread.h"
 
 namespace pysnap {
@@ -28,6 +32,7 @@ struct Piece {
   std::size_t length;
   std::uint64_t address;
   Device* device;
+  DeviceIndex index;
 };
 
 // How much of a pack that is read in place may count as resident memory of this process.
@@ -161,6 +166,126 @@ std::uint64_t check_table(const std::vector<PackFile>& packs,
   return stream;
 }
 
+// Takes checked chunks to their targets: to those on devices through pinned slots, so that the next
+// chunk is read meanwhile.
+class Uploads {
+ public:
+  Uploads(const Devices& devices, std::size_t largest, unsigned threads,
+          std::chrono::milliseconds device_timeout)
+      : device_timeout_(device_timeout) {
+    for (const auto& [index, device] : devices) {
+      if (index == kHost) continue;
+      if (pool_ == nullptr) {
+        pool_ = SlotPool::create(round_up(largest, kPageSize), 2 * std::max(1u, threads));
+        pool_->pin(device);
+      }
+    }
+  }
+  Uploads(const Uploads&) = delete;
+  Uploads& operator=(const Uploads&) = delete;
+  // What failed or was interrupted must not leave copies that read memory which is gone.
+  ~Uploads() {
+    const auto deadline = std::chrono::steady_clock::now() + device_timeout_;
+    while (std::optional<InFlight> flight = oldest()) {
+      try {
+        const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
+            deadline - std::chrono::steady_clock::now());
+        if (!flight->wait(left)) abandon(std::move(*flight));
+      } catch (const Error&) {
+        // The failure before it is the one that is told.
+      }
+    }
+    if (pool_ != nullptr) pool_->stop();
+  }
+
+  // Any thread may call it. `raw` is not needed any more when it returns; false if `stopped` ended
+  // it. Throws Error(kDevice), also for a chunk before this one.
+  bool start(const std::uint8_t* raw, std::size_t size, const std::vector<Piece>& pieces,
+             const Interrupted& stopped) {
+    bool through_slot = false;
+    for (const Piece& piece : pieces) {
+      if (piece.index == kHost) {
+        piece.device->write(piece.address, raw + piece.offset, piece.length);
+      } else {
+        through_slot = true;
+      }
+    }
+    if (!through_slot) return true;
+    std::optional<Slot> slot = wait_for_slot(stopped);
+    if (!slot) return false;
+    stream_copy(slot->data(), raw, size);
+    InFlight flight{std::move(*slot), {}, {}};
+    std::set<Device*> used;
+    try {
+      for (const Piece& piece : pieces) {
+        if (piece.index == kHost) continue;
+        used.insert(piece.device);
+        piece.device->write(piece.address, flight.slot.data() + piece.offset, piece.length);
+      }
+    } catch (const Error& error) {
+      flight.failure = error;
+    }
+    for (Device* device : used) {
+      if (std::unique_ptr<Fence> fence = device->fence()) flight.fences.push_back(std::move(fence));
+    }
+    const std::optional<Error> failure = flight.failure;
+    keep(std::move(flight));
+    if (failure) throw *failure;
+    return true;
+  }
+
+  // Returns when every copy has ended; false if `interrupted`. Throws Error(kDevice).
+  bool finish(const Interrupted& interrupted) {
+    while (std::optional<InFlight> flight = oldest()) {
+      if (!wait(*flight, interrupted)) return false;
+    }
+    return true;
+  }
+
+ private:
+  std::optional<Slot> wait_for_slot(const Interrupted& stopped) {
+    for (;;) {
+      if (std::optional<Slot> slot = pool_->try_acquire()) return slot;
+      if (std::optional<InFlight> flight = oldest()) {
+        if (!wait(*flight, stopped)) return std::nullopt;
+      } else {
+        // Other threads have all of them, or the pool still grows.
+        if (std::optional<Slot> slot = pool_->acquire(kPoll)) return slot;
+        if (stopped()) return std::nullopt;
+      }
+    }
+  }
+
+  bool wait(InFlight& flight, const Interrupted& stopped) {
+    while (!flight.wait(kPoll)) {
+      if (!stopped || !stopped()) continue;
+      keep(std::move(flight));
+      return false;
+    }
+    return true;
+  }
+
+  std::optional<InFlight> oldest() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (in_flight_.empty()) return std::nullopt;
+    std::optional<InFlight> flight(std::move(in_flight_.front()));
+    in_flight_.pop_front();
+    return flight;
+  }
+
+  void keep(InFlight flight) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    in_flight_.push_back(std::move(flight));
+  }
+
+  // Constant after construction.
+  const std::chrono::milliseconds device_timeout_;
+  std::shared_ptr<SlotPool> pool_;  // null without targets on devices
+
+  std::mutex mutex_;
+  std::deque<InFlight> in_flight_;
+};
+
 std::deque<OpenPack> open_packs(const std::vector<PackFile>& packs) {
   std::deque<OpenPack> opened;
   for (const PackFile& pack : packs) opened.emplace_back(pack);
@@ -173,29 +298,33 @@ std::size_t largest_chunk(const std::vector<StoredChunk>& chunks) {
   return largest;
 }
 
-// Calls handle(reader, i) for every i below `count` on several threads, until one call returns
-// false. Exceptions of the first failing thread are thrown here. False if interrupted.
-bool for_each_chunk(std::size_t count, unsigned threads,
-                    const std::function<ChunkReader()>& make_reader,
-                    const std::function<bool(ChunkReader&, std::size_t)>& handle,
-                    const Interrupted& interrupted) {
+// Calls handle(reader, i, stopped) for every i below `count` on several threads, until one call
+// returns false; one that waits looks whether it is stopped. Exceptions of the first failing thread
+// are thrown here. False if interrupted.
+bool for_each_chunk(
+    std::size_t count, unsigned threads, const std::function<ChunkReader()>& make_reader,
+    const std::function<bool(ChunkReader&, std::size_t, const Interrupted&)>& handle,
+    const Interrupted& interrupted) {
   std::atomic<std::size_t> next{0};
   std::atomic<bool> stop{false};
   std::mutex mutex;
   std::exception_ptr failure;
   bool completed = true;
   auto run = [&](bool caller) {
+    const Interrupted stopped = [&, caller] {
+      if (caller && interrupted && !stop && interrupted()) {
+        completed = false;
+        stop = true;
+      }
+      return stop.load();
+    };
     try {
       ChunkReader reader = make_reader();
       while (!stop) {
         const std::size_t i = next++;
         if (i >= count) return;
-        if (caller && interrupted && interrupted()) {
-          completed = false;
-          stop = true;
-          return;
-        }
-        if (!handle(reader, i)) stop = true;
+        if (stopped()) return;
+        if (!handle(reader, i, stopped)) stop = true;
       }
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex);
@@ -225,7 +354,8 @@ bool for_each_chunk(std::size_t count, unsigned threads,
 
 bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks,
              const std::vector<Target>& targets, unsigned threads, std::shared_ptr<const Zstd> zstd,
-             const Interrupted& interrupted) {
+             const Streams& streams, const Interrupted& interrupted,
+             std::chrono::milliseconds device_timeout) {
   const std::uint64_t stream = check_table(packs, chunks);
   std::vector<std::uint64_t> starts;
   std::uint64_t start = 0;
@@ -233,7 +363,7 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
     starts.push_back(start);
     start += chunk.raw;
   }
-  std::map<DeviceIndex, std::shared_ptr<Device>> devices;
+  Devices devices;
   std::vector<std::vector<Piece>> pieces(chunks.size());
   for (const Target& target : targets) {
     if (target.offset > stream || target.length > stream - target.offset) {
@@ -250,7 +380,7 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
       const std::uint64_t skip = target.offset + done - starts[i];
       const std::uint64_t length =
           std::min<std::uint64_t>(chunks[i].raw - skip, target.length - done);
-      pieces[i].push_back({skip, length, target.address + done, device.get()});
+      pieces[i].push_back({skip, length, target.address + done, device.get(), target.device});
       done += length;
     }
   }
@@ -260,19 +390,19 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
   }
   std::deque<OpenPack> opened = open_packs(packs);
   const std::size_t largest = largest_chunk(chunks);
+  order_streams(devices, streams, &Device::follow);
+  Uploads uploads(devices, largest, threads, device_timeout);
   return for_each_chunk(
-      needed.size(), threads, [&] { return ChunkReader(opened, chunks, largest, zstd); },
-      [&](ChunkReader& reader, std::size_t i) {
-        reader.read(needed[i], [&](const std::uint8_t* raw) {
-          for (const Piece& piece : pieces[needed[i]])
-            piece.device->write(piece.address, raw + piece.offset, piece.length);
-          for (const auto& [index, device] : devices) {
-            if (std::unique_ptr<Fence> fence = device->fence()) fence->wait();
-          }
-        });
-        return true;
-      },
-      interrupted);
+             needed.size(), threads, [&] { return ChunkReader(opened, chunks, largest, zstd); },
+             [&](ChunkReader& reader, std::size_t i, const Interrupted& stopped) {
+               bool started = true;
+               reader.read(needed[i], [&](const std::uint8_t* raw) {
+                 started = uploads.start(raw, chunks[needed[i]].raw, pieces[needed[i]], stopped);
+               });
+               return started;
+             },
+             interrupted) &&
+         uploads.finish(interrupted);
 }
 
 std::vector<Damage> verify(const std::vector<PackFile>& packs,
@@ -285,7 +415,7 @@ std::vector<Damage> verify(const std::vector<PackFile>& packs,
   std::vector<Damage> damages;
   for_each_chunk(
       chunks.size(), threads, [&] { return ChunkReader(opened, chunks, largest, zstd); },
-      [&](ChunkReader& reader, std::size_t i) {
+      [&](ChunkReader& reader, std::size_t i, const Interrupted&) {
         try {
           reader.read(i, [](const std::uint8_t*) {});
         } catch (const Error& error) {

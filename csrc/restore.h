@@ -1,6 +1,7 @@
 // restore.h: the way back: packs -> checked, decoded chunks -> tensors.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -37,12 +38,18 @@ struct Damage {
 // Reads the chunks that hold bytes of a target, checks each against its digest, and only then
 // copies its bytes into the targets. Raw chunks that are in the page cache are checked and copied
 // in place. `chunks` are in the order of the stream. Uses `threads` threads, the caller among them,
-// at its priority, and 2 chunks of memory each. Throws the first failure: Error(kCorrupt) with the
-// chunk (none for a pack of another length), Error(kIo), or Error(kInvalid) for a chunk table or
-// targets that cannot be; targets may then be partly written. False if `interrupted` ended it.
+// at its priority, and 2 chunks of memory each; 2 more, pinned, where there are targets on devices.
+// Throws the first failure: Error(kCorrupt) with the chunk (none for a pack of another length),
+// Error(kIo), Error(kDevice), or Error(kInvalid) for a chunk table or targets that cannot be;
+// targets may then be partly written. False if `interrupted` ended it.
+//
+// Targets on devices are written after all that their `streams` have queued (each device must be
+// named), and are whole when this returns true, for any stream. If it ends otherwise, no copy goes
+// on, unless a device takes longer than `device_timeout` to end it.
 bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks,
              const std::vector<Target>& targets, unsigned threads, std::shared_ptr<const Zstd> zstd,
-             const Interrupted& interrupted);
+             const Streams& streams, const Interrupted& interrupted,
+             std::chrono::milliseconds device_timeout = kDeviceTimeout);
 
 // Reads and checks every chunk, and goes on after damage; of a pack that is missing or has another
 // length, every chunk is damaged. Throws only what is no damage: Error(kInvalid) for a table that

@@ -35,7 +35,10 @@ Slot::~Slot() {
   if (pool_ != nullptr) pool_->release(data_);
 }
 
-void SlotPool::Unmap::operator()(std::uint8_t* memory) const { ::munmap(memory, size); }
+void SlotPool::Unmap::operator()(std::uint8_t* memory) const {
+  if (pinned_by != nullptr) pinned_by->unpin(memory);
+  ::munmap(memory, size);
+}
 
 std::shared_ptr<SlotPool> SlotPool::create(std::size_t slot_size, std::size_t max_slots) {
   std::shared_ptr<SlotPool> pool(new SlotPool(slot_size, max_slots));
@@ -66,9 +69,23 @@ void SlotPool::ask(std::size_t slots) {
   changed_.notify_all();
 }
 
+void SlotPool::pin(std::shared_ptr<Device> device) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (pin_with_ != nullptr || !why_pageable_.empty()) return;
+    pin_with_ = std::move(device);
+  }
+  changed_.notify_all();
+}
+
+std::string SlotPool::why_pageable() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return why_pageable_;
+}
+
 void SlotPool::wait_reserved() {
   std::unique_lock<std::mutex> lock(mutex_);
-  changed_.wait(lock, [&] { return ready_ >= wanted_ || exhausted_ || stopping_; });
+  changed_.wait(lock, [&] { return stopping_ || (!must_grow() && !must_pin()); });
 }
 
 std::optional<Slot> SlotPool::try_acquire() {
@@ -100,23 +117,57 @@ void SlotPool::release(std::uint8_t* data) {
   changed_.notify_all();
 }
 
+// Registers the region; why that was refused, else empty.
+std::string SlotPool::pin_region(Region& region, const std::shared_ptr<Device>& device) const {
+  try {
+    device->pin(region.get(), region.get_deleter().size);
+    region.get_deleter().pinned_by = device;
+    return {};
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
+void SlotPool::end_pinning(std::string refusal) {
+  if (refusal.empty()) {
+    ++pinned_;
+  } else {
+    why_pageable_ = std::move(refusal);
+    pin_with_.reset();
+  }
+}
+
 void SlotPool::grow() {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    changed_.wait(lock, [&] { return stopping_ || (ready_ < wanted_ && !exhausted_); });
+    changed_.wait(lock, [&] { return stopping_ || must_grow() || must_pin(); });
     if (stopping_) return;
+    const std::shared_ptr<Device> device = pin_with_;
+    if (must_pin()) {
+      // Only this thread changes regions_.
+      Region& region = regions_[pinned_];
+      lock.unlock();
+      std::string refusal = pin_region(region, device);
+      lock.lock();
+      end_pinning(std::move(refusal));
+      changed_.notify_all();
+      continue;
+    }
     const std::size_t slots =
         std::min(std::max<std::size_t>(1, kRegionSize / slot_size_), wanted_ - ready_);
     const std::size_t size = slots * slot_size_;
     lock.unlock();
     void* mapped =
         ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    Region region(mapped == MAP_FAILED ? nullptr : static_cast<std::uint8_t*>(mapped), Unmap{size});
+    Region region(mapped == MAP_FAILED ? nullptr : static_cast<std::uint8_t*>(mapped),
+                  Unmap{size, nullptr});
+    std::string refusal;
     if (region != nullptr) {
       if (size >= kHugePage) ::madvise(mapped, size, MADV_HUGEPAGE);
       ::madvise(mapped, size, MADV_DONTFORK);
       if (!touch(region.get(), size)) region.reset();
     }
+    if (region != nullptr && device != nullptr) refusal = pin_region(region, device);
     lock.lock();
     if (region == nullptr) {
       exhausted_ = true;
@@ -125,6 +176,7 @@ void SlotPool::grow() {
       ready_ += slots;
       wanted_ = std::max(wanted_, ready_);
       regions_.push_back(std::move(region));
+      if (device != nullptr) end_pinning(std::move(refusal));
     }
     changed_.notify_all();
   }

@@ -8,9 +8,12 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "device.h"
 
 namespace pysnap {
 
@@ -48,7 +51,14 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
 
   // Asks for `slots` to be ready (at most max_slots). Does not wait.
   void reserve(std::size_t slots);
-  // Blocks until what was asked for is ready or cannot be had.
+  // Has the memory, that of now and of later, registered with `device` by the growing thread. What
+  // is mapped from now on is ready only then; slots that exist already are usable meanwhile. The
+  // first device counts, as memory that is registered with one is so for all. Does not wait.
+  void pin(std::shared_ptr<Device> device);
+  // Why memory that pin() asked for is pageable: copies between it and a device block and are
+  // slower. Empty where none is. After one refusal no more is registered.
+  std::string why_pageable();
+  // Blocks until what was asked for is ready, and registered, or cannot be had.
   void wait_reserved();
   // A free slot that is ready, without waiting.
   std::optional<Slot> try_acquire();
@@ -63,6 +73,7 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   friend class Slot;
   struct Unmap {
     std::size_t size;
+    std::shared_ptr<Device> pinned_by;  // null while it is not registered
     void operator()(std::uint8_t* memory) const;
   };
   using Region = std::unique_ptr<std::uint8_t, Unmap>;
@@ -71,7 +82,12 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
       : slot_size_(slot_size), max_slots_(max_slots) {}
   void grow();
   void ask(std::size_t slots);
+  std::string pin_region(Region& region, const std::shared_ptr<Device>& device) const;
   std::optional<Slot> pop();
+  // With mutex_ held:
+  void end_pinning(std::string refusal);
+  bool must_grow() const { return ready_ < wanted_ && !exhausted_; }
+  bool must_pin() const { return pin_with_ != nullptr && pinned_ < regions_.size(); }
   void release(std::uint8_t* data);
 
   // Constant after construction.
@@ -83,6 +99,9 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   // Guarded by mutex_.
   std::condition_variable changed_;
   std::vector<Region> regions_;
+  std::size_t pinned_ = 0;            // of regions_, how many have been registered; the first ones
+  std::shared_ptr<Device> pin_with_;  // null: not asked for, or refused
+  std::string why_pageable_;
   std::vector<std::uint8_t*> free_;
   std::size_t wanted_ = 0;  // slots asked for so far
   std::size_t ready_ = 0;   // slots mapped and touched, free or in use

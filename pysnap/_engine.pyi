@@ -18,16 +18,22 @@ TARGET: np.dtype[np.void]
 
 class Job:
     def capture(self, streams: Sequence[tuple[int, int]] = ...) -> None:
-        """Copy the eager chunks; blocks for the copy. Failures are kept for `wait_written` and
-        `finish`."""
+        """Copy the eager chunks; blocks for the copy of host memory. Copies of CUDA devices are
+        queued: after what `streams` (device, handle) have queued, before what is queued on them
+        next. Every CUDA device of the extents must be named. The tensors must live until
+        `wait_staged`. Failures are kept for `wait_written` and `finish`."""
 
     def gate(self, streams: Sequence[tuple[int, int]] = ...) -> None:
-        """Return when (or make `streams` wait until) every byte has been read."""
+        """Return when every byte on the host has been read, and `streams` wait until every byte
+        on a device has been."""
 
     def open_pack(self, path: str) -> None:
         """Create the pack and reserve its space; from then on chunks are written."""
 
-    def wait_staged(self, timeout: float | None = None) -> bool: ...
+    def wait_staged(self, timeout: float | None = None) -> bool:
+        """True once no tensor is read any more, on the host or a device, and may be freed; False
+        after `timeout` seconds."""
+
     def wait_written(self, timeout: float | None = None) -> bool:
         """False after `timeout` seconds; raises the failure of the job."""
 
@@ -52,8 +58,15 @@ class Engine:
         """Without `zstd` every chunk is stored raw; `adaptive`: those that are written sooner
         so."""
 
-    def reserve(self, size: int) -> None: ...
+    def reserve(self, size: int, devices: Sequence[int] = ...) -> None:
+        """Have staging memory made ready in the background, pinned where `devices` has a CUDA
+        device. Raises where a device cannot be used."""
+
     def wait_reserved(self) -> None: ...
+    def why_pageable(self) -> str | None:
+        """Why staging memory that CUDA devices copy to is not pinned; None if it is, or need not
+        be."""
+
     def begin(self, extents: NDArray[np.void], spans: NDArray[np.void], eager: int) -> Job: ...
     def close(self) -> None: ...
 
@@ -64,7 +77,11 @@ def restore(
     targets: NDArray[np.void],
     threads: int,
     zstd: Sequence[str],
-) -> None: ...
+    streams: Sequence[tuple[int, int]] = ...,
+) -> None:
+    """Copy checked chunks into `targets`. Those on CUDA devices are written after what `streams`
+    have queued, and are whole on return; every device must be named."""
+
 def verify(
     *,
     packs: Sequence[tuple[str, int]],
@@ -77,6 +94,10 @@ def has_zstd(names: Sequence[str]) -> bool: ...
 def call_in_main_thread(call: Callable[[], object]) -> bool:
     """Have `call` made by the main thread between two of its instructions; False while too many
     wait for that. What it raises is raised there."""
+
+def cuda_unavailable() -> str | None:
+    """Why CUDA cannot be used, or None. Starts the driver, after which forked children cannot use
+    CUDA: for a process that has tensors there."""
 
 def available_processors() -> int: ...
 def simd_path() -> str: ...

@@ -19,7 +19,7 @@ import torch
 from pysnap import _engine, tree
 from pysnap.config import Config
 from pysnap.errors import TornError
-from pysnap.layout import Leaf, Plan, Planner
+from pysnap.layout import HOST, Leaf, Plan, Planner, current_streams
 from pysnap.manifest import Manifest
 from pysnap.memory import available_memory
 
@@ -68,7 +68,7 @@ class Stager:
         ready in the background, as far as the bound allows. Raises StateError for what cannot be
         stored."""
         _, plan, _ = self._plan(state, lazy)
-        self._engine.reserve(plan.stream + growth)
+        self._engine.reserve(plan.stream + growth, devices=sorted(plan.devices - {HOST}))
 
     def wait_reserved(self) -> None:
         """Block until that memory is ready."""
@@ -122,6 +122,7 @@ class Capture:
         self._tree = encoded
         self._records = plan.records
         self._keep: list[Leaf] = plan.keep
+        self._devices = plan.devices
         self._job = job
         self._chunk_size = chunk_size
         self._guard = guard
@@ -129,17 +130,18 @@ class Capture:
 
     def copy(self) -> None:
         """Return when the bytes have been read that may not wait, or the job has failed; `write`
-        tells a failure."""
+        tells a failure. A device reads them ahead of what is queued on its current stream later."""
         try:
-            self._job.capture()
+            self._job.capture(current_streams(self._devices))
         finally:
             self._copied.set()
 
     def gate(self) -> None:
-        """Return when every byte has been read: before it, nothing may change what is copied
-        lazily. Safe to repeat; `write` tells a failure."""
+        """Return when every byte has been read, or is read ahead of what is queued on the device's
+        current stream later: before it, nothing may change what is copied lazily. Safe to repeat;
+        `write` tells a failure."""
         if not self._guard.settled():
-            self._job.gate()
+            self._job.gate(current_streams(self._devices))
             self._guard.look()
 
     def wait_staged(self, timeout: float | None) -> bool:

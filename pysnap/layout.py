@@ -8,8 +8,9 @@ share memory (tied weights, views) share bytes of the stream and are read once.
 from __future__ import annotations
 
 import functools
+import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TypeAlias
@@ -24,7 +25,10 @@ from pysnap.manifest import ELEMENTS, Record
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 Leaf: TypeAlias = "torch.Tensor | Array"
 
-_HOST = -1
+_log = logging.getLogger("pysnap")
+
+HOST = -1
+"""The engine's number of host memory; CUDA devices have theirs from 0."""
 
 _Fingerprint: TypeAlias = "tuple[Any, ...]"
 
@@ -85,6 +89,32 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+@functools.cache
+def _has_cuda() -> bool:
+    """Whether the engine copies from and to CUDA devices; asked when the first tensor is on one."""
+    reason = _engine.cuda_unavailable()
+    if reason is not None:
+        _log.warning("CUDA tensors are copied through pageable memory: %s", reason)
+    return reason is None
+
+
+def device_index(tensor: torch.Tensor) -> int | None:
+    """The engine's number of the place of a tensor: HOST, or that of a CUDA device; None for a
+    place that it does not know."""
+    if tensor.is_cpu:
+        return HOST
+    return tensor.get_device() if tensor.is_cuda and _has_cuda() else None
+
+
+def current_streams(devices: Iterable[int]) -> list[tuple[int, int]]:
+    """The stream on which the caller queues work, of each CUDA device, as the engine takes it."""
+    return [
+        (index, torch.cuda.current_stream(index).cuda_stream)
+        for index in sorted(set(devices))
+        if index != HOST
+    ]
+
+
 @dataclass(frozen=True)
 class _Source:
     """Bytes of one leaf in memory."""
@@ -100,9 +130,9 @@ class _Source:
 class Plan:
     """Everything that a capture needs, and what the manifest says of it.
 
-    `extents` and `spans` are tables for the engine, and the first `eager` chunks are to be copied
-    at once; `records[i]` describes leaf i; `keep` holds whatever must stay alive until the bytes
-    have been read (the leaves, and copies of those that have gaps).
+    `extents` and `spans` are tables for the engine, which reads from `devices`; the first `eager`
+    chunks are to be copied at once; `records[i]` describes leaf i; `keep` holds whatever must stay
+    alive until the bytes have been read (the leaves, and copies of those that have gaps).
     """
 
     records: list[Record]
@@ -110,6 +140,7 @@ class Plan:
     spans: np.ndarray[Any, np.dtype[np.void]]
     eager: int
     stream: int
+    devices: frozenset[int]
     keep: list[Leaf]
 
 
@@ -146,17 +177,19 @@ def _fingerprint(leaf: Leaf) -> _Fingerprint:
     """Equal for two leaves whose bytes lie at one place and mean the same."""
     if isinstance(leaf, np.ndarray):
         return (leaf.__array_interface__["data"][0], leaf.shape, leaf.dtype.str, leaf.strides)
-    return (leaf.data_ptr(), leaf.shape, leaf.dtype, leaf.stride(), leaf.is_conj(), leaf.is_neg())
+    place = (leaf.data_ptr(), leaf.get_device())
+    return (*place, leaf.shape, leaf.dtype, leaf.stride(), leaf.is_conj(), leaf.is_neg())
 
 
 def _contiguous(leaf: Leaf) -> Leaf:
-    """The leaf, or a copy where its elements do not fill one run of host memory."""
+    """The leaf, or a copy where its elements do not fill one run of the engine's memory."""
     if isinstance(leaf, np.ndarray):
         # Of an array without dimensions, ascontiguousarray makes one that has one.
         array: Array = np.ascontiguousarray(leaf).reshape(leaf.shape)
         return array
-    # The engine reads host memory; what lies elsewhere comes to it through pageable memory.
-    tensor = leaf.detach().resolve_conj().resolve_neg().cpu()
+    tensor = leaf.detach().resolve_conj().resolve_neg()
+    if device_index(tensor) is None:
+        tensor = tensor.cpu()
     return tensor if is_dense(tensor) else tensor.contiguous()
 
 
@@ -165,7 +198,7 @@ def _source(path: str, leaf: Leaf) -> _Source:
         return _Source(
             leaf.__array_interface__["data"][0],
             leaf.nbytes,
-            _HOST,
+            HOST,
             array_element(leaf.dtype),
             Record(leaf.dtype.str, leaf.shape, 0),
         )
@@ -176,10 +209,12 @@ def _source(path: str, leaf: Leaf) -> _Source:
         )
     strides = None if leaf.is_contiguous() else tuple(leaf.stride())
     record = Record(name, tuple(leaf.shape), 0, strides)
+    device = device_index(leaf)
+    assert device is not None
     return _Source(
         leaf.data_ptr(),
         leaf.numel() * leaf.element_size(),
-        _HOST,
+        device,
         TORCH_ELEMENTS[name],
         record,
     )
@@ -221,6 +256,7 @@ def _lay_out(sources: list[_Source], chunk_size: int, lazy: Collection[int]) -> 
         spans=np.array(spans, dtype=_engine.SPAN),
         eager=eager,
         stream=at,
+        devices=frozenset(run.device for run in runs),
         keep=[],
     )
 

@@ -12,11 +12,20 @@ import torch
 from pysnap import _engine, tree
 from pysnap.capture import zstd_libraries
 from pysnap.errors import CorruptError, MismatchError, NotFoundError
-from pysnap.layout import TORCH_ELEMENTS, Array, Leaf, dtype_name, extent_of, is_dense
+from pysnap.layout import (
+    HOST,
+    TORCH_ELEMENTS,
+    Array,
+    Leaf,
+    current_streams,
+    device_index,
+    dtype_name,
+    extent_of,
+    is_dense,
+)
 from pysnap.manifest import Record
 from pysnap.repository import Snapshot
 
-_HOST = -1
 _MOST_THREADS = 16
 _NOTHING = np.empty(0)
 
@@ -46,7 +55,7 @@ def read_record(snapshot: Snapshot, record: Record) -> Leaf:
     extent = _extent(record, snapshot)
     _check_extents([record], [extent], snapshot)
     leaf = _new(record)
-    _read(snapshot, [(record.at, _address(leaf), extent, _HOST)])
+    _read(snapshot, [(record.at, _address(leaf), extent, HOST)])
     return leaf
 
 
@@ -84,10 +93,10 @@ class Restore:
         for index in new:
             if not _is_torch(records[index]) or not extents[index]:
                 self.leaves[index] = leaf = _new(records[index])
-                self._targets.append((records[index].at, _address(leaf), extents[index], _HOST))
+                self._targets.append((records[index].at, _address(leaf), extents[index], HOST))
         for start, end, members in _shared_ranges(new, extents, snapshot):
             storage = torch.empty(end - start, dtype=torch.uint8, device="cpu").untyped_storage()
-            self._targets.append((start, storage.data_ptr(), end - start, _HOST))
+            self._targets.append((start, storage.data_ptr(), end - start, HOST))
             for index in members:
                 offset = records[index].at - start
                 self.leaves[index] = _view(storage, offset, records[index], snapshot)
@@ -111,7 +120,9 @@ class Restore:
             staging = _new(record)
             self._indirect.append((leaf, staging))
             leaf = staging
-        self._targets.append((record.at, _address(leaf), extent, _HOST))
+        device = device_index(leaf) if isinstance(leaf, torch.Tensor) else HOST
+        assert device is not None
+        self._targets.append((record.at, _address(leaf), extent, device))
 
 
 def _read(snapshot: Snapshot, targets: list[_Target]) -> None:
@@ -124,6 +135,7 @@ def _read(snapshot: Snapshot, targets: list[_Target]) -> None:
             targets=np.array(wanted, dtype=_engine.TARGET),
             threads=min(_MOST_THREADS, _engine.available_processors()),
             zstd=zstd_libraries(),
+            streams=current_streams(device for _, _, _, device in wanted),
         )
     except CorruptError as error:
         chunk = getattr(error, "chunk", None)
@@ -148,7 +160,7 @@ def _same_order(leaf: Leaf, record: Record) -> bool:
     if isinstance(leaf, np.ndarray):
         in_order = record.strides is None and leaf.flags.c_contiguous
         return in_order and leaf.dtype.str == record.dtype
-    if not leaf.is_cpu or dtype_name(leaf.dtype) != record.dtype:
+    if device_index(leaf) is None or dtype_name(leaf.dtype) != record.dtype:
         return False
     if leaf.is_conj() or leaf.is_neg():
         return False

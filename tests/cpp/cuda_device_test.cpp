@@ -1,0 +1,197 @@
+// The device alone: what is gathered, and where pinned memory comes from.
+
+#include "cuda_device.h"
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "cuda_fixture.h"
+#include "in_flight.h"
+#include "slot_pool.h"
+
+namespace {
+
+using fixture::Bytes;
+using fixture::DeviceState;
+using fixture::fake;
+using fixture::HealthyDriver;
+using pysnap::Device;
+using pysnap::InFlight;
+using pysnap::Slot;
+using pysnap::SlotPool;
+using pysnap::Source;
+
+constexpr std::chrono::hours kForever{24};
+constexpr std::size_t kMiB = std::size_t{1} << 20;
+
+// Pinned slots of a device.
+class Slots {
+ public:
+  Slots(const std::shared_ptr<Device>& device, std::size_t size, std::size_t slots)
+      : pool_(SlotPool::create(size, slots)) {
+    pool_->pin(device);
+  }
+  ~Slots() { pool_->stop(); }
+  Slot take() { return std::move(*pool_->acquire(kForever)); }
+  SlotPool& pool() { return *pool_; }
+
+ private:
+  std::shared_ptr<SlotPool> pool_;
+};
+
+// The sources of a state that has all its tensors on one device, as a slot has them.
+Bytes read_all(Device& device, const DeviceState& state, Slot slot) {
+  std::vector<Source> sources;
+  for (const pysnap::Extent& extent : state.extents())
+    sources.push_back({extent.address, extent.length});
+  device.read(slot.data(), sources);
+  InFlight flight{std::move(slot), {}, {}};
+  flight.fences.push_back(device.fence());
+  CHECK(flight.wait(kForever));
+  return Bytes(flight.slot.data(), flight.slot.data() + state.stream().size());
+}
+
+}  // namespace
+
+TEST(tiny_sources_cross_together) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+  Slots slots(device, 64 * 1024, 1);
+  const DeviceState state(std::vector<std::size_t>(5000, 4), {0});
+  fake().set_late(FakeCuda::kCopies);
+  CHECK(read_all(*device, state, slots.take()) == state.stream());
+  CHECK_EQ(fake().calls("cuMemcpyDtoDAsync_v2"), 5000);
+  CHECK_EQ(fake().calls("cuMemcpyDtoHAsync_v2"), 1);
+}
+
+TEST(long_sources_cross_alone) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Device> device = pysnap::open_cuda_device(1);
+  Slots slots(device, 8 * kMiB, 1);
+  const DeviceState state({kMiB, 2 * kMiB, 5, kMiB, 7, 9}, {1});
+  CHECK(read_all(*device, state, slots.take()) == state.stream());
+  CHECK_EQ(fake().calls("cuMemcpyDtoDAsync_v2"), 2);
+  CHECK_EQ(fake().calls("cuMemcpyDtoHAsync_v2"), 5);
+}
+
+TEST(what_is_gathered_may_exceed_the_scratch_memory) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+  Slots slots(device, 16 * kMiB, 1);
+  const DeviceState state(std::vector<std::size_t>(20, 3 * kMiB / 4 + 1), {0});
+  fake().set_late(FakeCuda::kCopies);
+  CHECK(read_all(*device, state, slots.take()) == state.stream());
+  CHECK_EQ(fake().calls("cuMemcpyDtoHAsync_v2"), 4);
+}
+
+TEST(without_scratch_memory_nothing_is_gathered) {
+  const HealthyDriver driver;
+  fake().fail_call("cuMemAlloc_v2", 1, 2);
+  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+  Slots slots(device, 64 * 1024, 1);
+  const DeviceState state(std::vector<std::size_t>(100, 4), {0});
+  CHECK(read_all(*device, state, slots.take()) == state.stream());
+  CHECK_EQ(fake().calls("cuMemcpyDtoDAsync_v2"), 0);
+}
+
+// They share the scratch memory.
+TEST(threads_may_gather_side_by_side) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+  Slots slots(device, 64 * 1024, 4);
+  fake().set_late(FakeCuda::kCopies);
+  std::vector<std::thread> threads;
+  for (std::size_t i = 0; i < 4; ++i) {
+    threads.emplace_back([&, i] {
+      const DeviceState state(std::vector<std::size_t>(300 + i, 8 + i), {0});
+      for (int round = 0; round < 3; ++round)
+        CHECK(read_all(*device, state, slots.take()) == state.stream());
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+TEST(a_fence_without_an_event_waits_for_the_stream) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+  Slots slots(device, 64 * 1024, 1);
+  const DeviceState state({1000}, {0});
+  fake().set_late(FakeCuda::kCopies);
+  for (const char* refused : {"cuEventCreate", "cuEventRecord"}) {
+    fake().fail_call(refused, 1, 2);
+    CHECK(read_all(*device, state, slots.take()) == state.stream());
+  }
+  CHECK(fake().calls("cuStreamQuery") > 0);
+}
+
+TEST(memory_is_pinned_before_it_is_used_and_unpinned_before_it_goes) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+  {
+    Slots slots(device, 4 * kMiB, 20);
+    slots.pool().reserve(20);
+    slots.pool().wait_reserved();
+    CHECK_EQ(fake().registered(), 80 * kMiB);
+    CHECK_EQ(slots.pool().why_pageable(), "");
+    const Slot slot = slots.take();
+  }
+  CHECK_EQ(fake().registered(), 0);
+}
+
+TEST(memory_that_exists_is_pinned_later) {
+  const HealthyDriver driver;
+  const std::shared_ptr<SlotPool> pool = SlotPool::create(4 * kMiB, 20);
+  pool->reserve(12);
+  pool->wait_reserved();
+  CHECK_EQ(fake().registered(), 0);
+  pool->pin(pysnap::open_cuda_device(0));
+  pool->wait_reserved();
+  CHECK_EQ(fake().registered(), 48 * kMiB);
+  pool->pin(pysnap::open_cuda_device(1));
+  pool->reserve(20);
+  pool->wait_reserved();
+  CHECK_EQ(fake().registered(), 80 * kMiB);
+  CHECK_EQ(fake().calls("cuMemHostRegister_v2"), 3);
+}
+
+// A slot that outlives its pool and its device keeps both.
+TEST(a_slot_stays_pinned_as_long_as_it_lives) {
+  const HealthyDriver driver;
+  std::shared_ptr<SlotPool> pool = SlotPool::create(4 * kMiB, 1);
+  pool->pin(pysnap::open_cuda_device(0));
+  std::optional<Slot> slot = pool->acquire(kForever);
+  pool->stop();
+  pool.reset();
+  CHECK_EQ(fake().registered(), 4 * kMiB);
+  slot.reset();
+  CHECK_EQ(fake().registered(), 0);
+}
+
+TEST(memory_that_cannot_be_pinned_serves_all_the_same) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+  const DeviceState state({1000, 2000}, {0});
+  fake().fail_call("cuMemHostRegister_v2", 2, 2);
+  Slots slots(device, 32 * kMiB, 3);
+  slots.pool().reserve(3);
+  slots.pool().wait_reserved();
+  CHECK_EQ(fake().registered(), 32 * kMiB);
+  CHECK_EQ(fake().calls("cuMemHostRegister_v2"), 2);
+  CHECK_EQ(slots.pool().why_pageable(),
+           "registering staging memory failed: a fake error (error 2)");
+  std::vector<Slot> taken;
+  for (int i = 0; i < 3; ++i) taken.push_back(slots.take());
+  while (!taken.empty()) {
+    CHECK(read_all(*device, state, std::move(taken.back())) == state.stream());
+    taken.pop_back();
+  }
+  CHECK_EQ(fake().pageable_copies(), 2);
+}

@@ -1,0 +1,435 @@
+// Captures from devices. What the engine does not order, the fake driver does at the worst moment.
+
+#include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <future>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "cuda_fixture.h"
+#include "engine.h"
+#include "restore.h"
+
+namespace {
+
+using fixture::Bytes;
+using fixture::DeviceState;
+using fixture::fake;
+using fixture::HealthyDriver;
+using fixture::mixed_sizes;
+using fixture::TemporaryDirectory;
+using fixture::thrown_by;
+using pysnap::DeviceIndex;
+using pysnap::Engine;
+using pysnap::EngineOptions;
+using pysnap::Job;
+using pysnap::kHost;
+using pysnap::WrittenPack;
+
+constexpr std::size_t kChunk = 16 * 1024;
+constexpr std::chrono::milliseconds kAtOnce{0};
+constexpr std::chrono::milliseconds kSoon{20};
+constexpr std::chrono::hours kForever{24};
+const std::vector<DeviceIndex> kEverywhere{0, kHost, 1};
+
+EngineOptions small_engine(std::size_t slots = 64) {
+  EngineOptions options;
+  options.chunk_size = kChunk;
+  options.slots = slots;
+  options.nice = 0;
+  return options;
+}
+
+std::shared_ptr<Job> begin(Engine& engine, const DeviceState& state, std::size_t eager = 1000) {
+  const std::vector<pysnap::Span> spans = state.spans(kChunk);
+  return engine.begin(state.extents(), spans, std::min(eager, spans.size()));
+}
+
+std::future<WrittenPack> write_pack_beside(Job& job, const std::string& path) {
+  return std::async(std::launch::async, [&job, path] {
+    job.open_pack(path);
+    job.wait_written(kForever);
+    return job.finish();
+  });
+}
+
+Bytes read_back(const std::string& path, const WrittenPack& pack) {
+  std::size_t size = 0;
+  for (const pysnap::StoredChunk& chunk : pack.chunks) size += chunk.raw;
+  Bytes bytes(size);
+  const pysnap::Target all{0, reinterpret_cast<std::uintptr_t>(bytes.data()), size, kHost};
+  CHECK(pysnap::restore({{path, pack.size}}, pack.chunks, {all}, 2, nullptr, {}, nullptr));
+  return bytes;
+}
+
+// A snapshot of tensors in host memory, which takes every slot there is.
+bool takes_a_host_snapshot(Engine& engine, const std::string& path, std::size_t chunks = 20) {
+  const DeviceState state(std::vector<std::size_t>(chunks, kChunk), {kHost});
+  const std::shared_ptr<Job> job = begin(engine, state);
+  std::future<WrittenPack> pack = write_pack_beside(*job, path);
+  job->capture({}, nullptr);
+  return read_back(path, pack.get()) == state.stream();
+}
+
+}  // namespace
+
+TEST(what_is_restored_is_what_was_captured) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  int pack = 0;
+  for (const FakeCuda::Late late : {FakeCuda::kNothing, FakeCuda::kCopies, FakeCuda::kKernels}) {
+    fake().set_late(late);
+    for (const std::vector<DeviceIndex>& devices : {{0}, {1}, {0, 1}, kEverywhere}) {
+      for (const std::size_t slots : {2U, 64U}) {
+        for (const std::size_t eager : {0U, 3U, 1000U}) {
+          EngineOptions options = small_engine(slots);
+          options.copy_threads = 1 + pack % 3;
+          const std::shared_ptr<Engine> engine = Engine::create(options);
+          DeviceState state(mixed_sizes(), devices, pack % 2 == 0);
+          const std::shared_ptr<Job> job = begin(*engine, state, eager);
+          const std::string path = directory / std::to_string(pack++);
+          std::future<WrittenPack> written = write_pack_beside(*job, path);
+          CHECK(job->capture(state.streams(), nullptr));
+          CHECK(job->gate(state.streams(), nullptr));
+          state.fill(0xDD);
+          CHECK(read_back(path, written.get()) == state.stream());
+        }
+      }
+    }
+  }
+}
+
+TEST(a_run_without_devices_never_opens_the_driver) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  engine->reserve(10 * kChunk, {kHost});
+  CHECK(takes_a_host_snapshot(*engine, directory / "0.pack"));
+  CHECK_EQ(fake().calls("cuInit"), 0);
+  CHECK_EQ(engine->why_pageable(), "");
+}
+
+TEST(reserve_opens_the_devices_and_pins_the_memory) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  const DeviceState state(mixed_sizes(), {0, 1});
+  engine->reserve(state.stream().size(), {0, 1});
+  engine->wait_reserved();
+  CHECK(fake().registered() >= state.stream().size());
+  const unsigned retained = fake().calls("cuDevicePrimaryCtxRetain");
+  for (int i = 0; i < 3; ++i) {
+    const std::shared_ptr<Job> job = begin(*engine, state);
+    const std::string path = directory / std::to_string(i);
+    std::future<WrittenPack> written = write_pack_beside(*job, path);
+    CHECK(job->capture(state.streams(), nullptr));
+    CHECK(read_back(path, written.get()) == state.stream());
+  }
+  CHECK_EQ(fake().calls("cuDevicePrimaryCtxRetain"), retained);
+  CHECK_EQ(fake().pageable_copies(), 0);
+  CHECK_EQ(engine->why_pageable(), "");
+  CHECK_EQ(thrown_by([&] { engine->reserve(1, {2}); }), "invalid");
+}
+
+TEST(memory_that_cannot_be_pinned_serves_all_the_same) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  fake().fail_call("cuMemHostRegister_v2", 1, 2);
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine(4));
+  DeviceState state(mixed_sizes(), {0, 1});
+  const std::shared_ptr<Job> job = begin(*engine, state);
+  std::future<WrittenPack> written = write_pack_beside(*job, directory / "0.pack");
+  CHECK(job->capture(state.streams(), nullptr));
+  state.fill(0xDD);
+  CHECK(read_back(directory / "0.pack", written.get()) == state.stream());
+  CHECK(engine->why_pageable() != "");
+  CHECK(fake().pageable_copies() > 0);
+}
+
+TEST(a_capture_comes_after_what_was_queued_before) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  fake().set_late(FakeCuda::kKernels);
+  for (const std::size_t eager : {0U, 1000U}) {
+    fake().hold();
+    const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+    DeviceState state(mixed_sizes(), {0, 1});
+    state.fill(7);
+    const std::shared_ptr<Job> job = begin(*engine, state, eager);
+    const std::string path = directory / std::to_string(eager);
+    std::future<WrittenPack> written = write_pack_beside(*job, path);
+    CHECK(job->capture(state.streams(), nullptr));
+    CHECK(!job->wait_staged(kSoon));
+    fake().release();
+    CHECK(read_back(path, written.get()) == Bytes(state.stream().size(), 7));
+  }
+}
+
+// The caller's CPU does not wait: the copies run only after capture has returned.
+TEST(what_is_queued_after_capture_comes_after_the_eager_copies) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold();
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  DeviceState state(mixed_sizes(), {0, 1});
+  const std::shared_ptr<Job> job = begin(*engine, state);
+  CHECK(job->capture(state.streams(), nullptr));
+  state.fill(0xDD);
+  std::this_thread::sleep_for(kSoon);
+  fake().release();
+  std::future<WrittenPack> written = write_pack_beside(*job, directory / "0.pack");
+  CHECK(read_back(directory / "0.pack", written.get()) == state.stream());
+}
+
+TEST(what_is_queued_after_the_gate_comes_after_all_copies) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold();
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  DeviceState state(mixed_sizes(), {0, 1});
+  const std::shared_ptr<Job> job = begin(*engine, state, 0);
+  CHECK(job->capture(state.streams(), nullptr));
+  CHECK(job->gate(state.streams(), nullptr));
+  state.fill(0xDD);
+  std::this_thread::sleep_for(kSoon);
+  fake().release();
+  std::future<WrittenPack> written = write_pack_beside(*job, directory / "0.pack");
+  CHECK(read_back(directory / "0.pack", written.get()) == state.stream());
+}
+
+TEST(the_lazy_chunks_are_copied_without_a_gate) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine(2));
+  DeviceState state(mixed_sizes(), {0, 1});
+  const std::shared_ptr<Job> job = begin(*engine, state, 0);
+  std::future<WrittenPack> written = write_pack_beside(*job, directory / "0.pack");
+  CHECK(job->capture(state.streams(), nullptr));
+  CHECK(read_back(directory / "0.pack", written.get()) == state.stream());
+}
+
+TEST(staged_means_that_the_bytes_are_in_host_memory) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold();
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  DeviceState state(mixed_sizes(), kEverywhere);
+  const std::shared_ptr<Job> job = begin(*engine, state);
+  CHECK(job->capture(state.streams(), nullptr));
+  CHECK(job->gate(state.streams(), nullptr));
+  CHECK(!job->wait_staged(kSoon));
+  fake().release();
+  CHECK(job->wait_staged(kForever));
+  state.free();
+  CHECK(job->wait_staged(kAtOnce));
+  std::future<WrittenPack> written = write_pack_beside(*job, directory / "0.pack");
+  CHECK(read_back(directory / "0.pack", written.get()) == state.stream());
+}
+
+TEST(nothing_is_read_after_the_job_has_ended) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  fake().set_late(FakeCuda::kCopies);
+  for (int way = 0; way < 4; ++way) {
+    const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+    DeviceState state(mixed_sizes(), {0, 1});
+    const std::shared_ptr<Job> job = begin(*engine, state, way % 2 == 0 ? 1000 : 5);
+    CHECK(job->capture(state.streams(), nullptr));
+    if (way == 0) job->abort();
+    if (way == 1 || way == 2) {
+      CHECK_EQ(thrown_by([&] { job->open_pack(directory / "missing/0.pack"); }), "io");
+      if (way == 1) CHECK_EQ(thrown_by([&] { job->finish(); }), "io");
+      if (way == 2) CHECK(job->wait_staged(kForever));
+    }
+    if (way == 3) engine->close();
+    state.free();
+    job->abort();
+  }
+}
+
+// All slots are in use by copies that have not begun; the next job has its bytes on the host, where
+// a copy that comes late would overwrite them.
+TEST(slots_of_a_job_that_was_given_up_are_not_reused_during_its_copies) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold();
+  EngineOptions options = small_engine(6);
+  options.device_timeout = kSoon;
+  const std::shared_ptr<Engine> engine = Engine::create(options);
+  const DeviceState state(std::vector<std::size_t>(6, kChunk), {0, 1});
+  const std::shared_ptr<Job> given_up = begin(*engine, state);
+  CHECK(given_up->capture(state.streams(), nullptr));
+  given_up->abort();
+  CHECK(!given_up->wait_staged(kAtOnce));
+
+  const DeviceState next(std::vector<std::size_t>(6, kChunk), {kHost});
+  const std::shared_ptr<Job> job = begin(*engine, next);
+  int polls = 0;
+  CHECK(job->capture({}, [&] {
+    if (++polls == 2) fake().release();
+    return false;
+  }));
+  CHECK_EQ(polls, 2);
+  fake().finish();
+  std::future<WrittenPack> written = write_pack_beside(*job, directory / "0.pack");
+  CHECK(read_back(directory / "0.pack", written.get()) == next.stream());
+}
+
+TEST(a_wait_for_slots_that_devices_fill_can_be_interrupted) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  fake().set_late(FakeCuda::kCopies);
+  for (const std::size_t eager : {0U, 1000U}) {
+    fake().hold();
+    EngineOptions options = small_engine(4);
+    options.device_timeout = kSoon;
+    const std::shared_ptr<Engine> engine = Engine::create(options);
+    const DeviceState state(mixed_sizes(), {0});
+    const std::shared_ptr<Job> job = begin(*engine, state, eager);
+    std::future<WrittenPack> written = write_pack_beside(*job, directory / std::to_string(eager));
+    const auto interrupted = [] { return true; };
+    CHECK_EQ(job->capture(state.streams(), interrupted), eager == 0);
+    if (eager == 0) CHECK(!job->gate(state.streams(), interrupted));
+    CHECK_EQ(thrown_by([&] { written.get(); }), "closed");
+    fake().release();
+  }
+}
+
+TEST(a_device_without_a_stream_fails_the_job) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  const DeviceState state(mixed_sizes(), {0, 1});
+  for (const bool at_gate : {false, true}) {
+    const std::shared_ptr<Job> job = begin(*engine, state, 0);
+    CHECK(job->capture(at_gate ? state.streams() : pysnap::Streams{{0, 0}}, nullptr));
+    if (at_gate) CHECK(job->gate({{0, 0}}, nullptr));
+    CHECK_EQ(thrown_by([&] { job->wait_written(kForever); }), "invalid");
+    CHECK_EQ(thrown_by([&] { job->finish(); }), "invalid");
+  }
+  CHECK(takes_a_host_snapshot(*engine, directory / "0.pack"));
+}
+
+TEST(a_device_that_is_lost_fails_the_job_and_no_other) {
+  const TemporaryDirectory directory;
+  for (const unsigned nth : {1U, 2U, 9U}) {
+    const HealthyDriver driver;
+    fake().set_late(FakeCuda::kCopies);
+    fake().fail_copy(nth);
+    const std::shared_ptr<Engine> engine = Engine::create(small_engine(4));
+    const DeviceState state(mixed_sizes(), {0});
+    const std::shared_ptr<Job> job = begin(*engine, state);
+    const std::string path = directory / std::to_string(nth);
+    std::future<WrittenPack> written = write_pack_beside(*job, path);
+    CHECK(job->capture(state.streams(), nullptr));
+    CHECK(job->gate(state.streams(), nullptr));
+    CHECK(job->wait_staged(kForever));
+    CHECK_EQ(thrown_by([&] { written.get(); }), "device");
+    job->abort();
+    CHECK(takes_a_host_snapshot(*engine, path + ".host"));
+    // The other device is not concerned.
+    const DeviceState other(mixed_sizes(), {1});
+    const std::shared_ptr<Job> next = begin(*engine, other);
+    written = write_pack_beside(*next, path + ".other");
+    CHECK(next->capture(other.streams(), nullptr));
+    CHECK(read_back(path + ".other", written.get()) == other.stream());
+  }
+}
+
+// Whichever call of the driver is refused: the snapshot is right or fails, the engine serves on,
+// and nothing is left behind.
+TEST(a_call_that_is_refused_never_makes_a_wrong_snapshot) {
+  const TemporaryDirectory directory;
+  int pack = 0;
+  for (const char* function : {"cuInit",
+                               "cuDeviceGetCount",
+                               "cuDeviceGet",
+                               "cuDevicePrimaryCtxRetain",
+                               "cuDevicePrimaryCtxRelease_v2",
+                               "cuCtxPushCurrent_v2",
+                               "cuCtxPopCurrent_v2",
+                               "cuStreamCreate",
+                               "cuStreamDestroy_v2",
+                               "cuStreamQuery",
+                               "cuStreamWaitEvent",
+                               "cuEventCreate",
+                               "cuEventDestroy_v2",
+                               "cuEventRecord",
+                               "cuEventQuery",
+                               "cuMemAlloc_v2",
+                               "cuMemFree_v2",
+                               "cuMemHostRegister_v2",
+                               "cuMemHostUnregister",
+                               "cuMemcpyDtoHAsync_v2",
+                               "cuMemcpyDtoDAsync_v2"}) {
+    for (const unsigned nth : {1U, 2U, 3U, 6U, 14U}) {
+      const HealthyDriver driver;
+      fake().set_late(FakeCuda::kCopies);
+      fake().fail_call(function, nth, 999);
+      const std::shared_ptr<Engine> engine = Engine::create(small_engine(8));
+      const std::string path = directory / std::to_string(pack++);
+      DeviceState state(std::vector<std::size_t>(30, 5000), {0, 1});
+      std::string outcome = thrown_by([&] {
+        const std::shared_ptr<Job> job = begin(*engine, state, 5);
+        std::future<WrittenPack> written = write_pack_beside(*job, path);
+        CHECK(job->capture(state.streams(), nullptr));
+        CHECK(job->gate(state.streams(), nullptr));
+        state.fill(0xDD);
+        try {
+          CHECK(read_back(path, written.get()) == state.stream());
+        } catch (const pysnap::Error&) {
+          job->abort();
+          throw;
+        }
+      });
+      if (outcome != "nothing" && outcome != "device" && outcome != "invalid") {
+        check::fail(__FILE__, __LINE__,
+                    std::string(function) + " refused: the failure is " + outcome);
+      }
+      CHECK(takes_a_host_snapshot(*engine, path + ".next"));
+    }
+  }
+}
+
+// A capture that blocks inside the driver, as for memory that is not pinned, is waited for.
+TEST(close_waits_for_the_chunk_that_the_caller_copies) {
+  const HealthyDriver driver;
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold();
+  fake().fail_call("cuMemHostRegister_v2", 1, 2);
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  const DeviceState state(mixed_sizes(), {0});
+  const std::shared_ptr<Job> job = begin(*engine, state);
+  std::future<bool> captured =
+      std::async(std::launch::async, [&] { return job->capture(state.streams(), nullptr); });
+  while (fake().pageable_copies() == 0) std::this_thread::yield();
+  std::future<void> closed = std::async(std::launch::async, [&] { engine->close(); });
+  CHECK(closed.wait_for(kSoon) == std::future_status::timeout);
+  fake().release();
+  closed.get();
+  CHECK(captured.get());
+  CHECK(job->wait_staged(std::chrono::seconds(1)));
+}
+
+TEST(an_engine_may_go_while_devices_copy) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  fake().set_late(FakeCuda::kCopies);
+  for (int i = 0; i < 10; ++i) {
+    const DeviceState state(mixed_sizes(), kEverywhere);
+    const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+    const std::shared_ptr<Job> job = begin(*engine, state, 2 * i);
+    job->open_pack(directory / std::to_string(i));
+    CHECK(job->capture(state.streams(), nullptr));
+  }
+}

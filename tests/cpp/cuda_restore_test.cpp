@@ -1,0 +1,175 @@
+// Restores to devices.
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <future>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "buffer.h"
+#include "check.h"
+#include "cuda_fixture.h"
+#include "digest.h"
+#include "pack.h"
+#include "restore.h"
+
+namespace {
+
+using fixture::Bytes;
+using fixture::DeviceState;
+using fixture::fake;
+using fixture::HealthyDriver;
+using fixture::mixed_sizes;
+using fixture::thrown_by;
+using pysnap::DeviceIndex;
+using pysnap::kHost;
+using pysnap::StoredChunk;
+
+constexpr std::size_t kChunk = 16 * 1024;
+const std::vector<std::vector<DeviceIndex>> kPlaces{{0}, {1, 0}, {0, kHost, 1}};
+
+// A pack of raw chunks that holds the stream of a state, whose tensors are then zeroed.
+class Snapshot {
+ public:
+  explicit Snapshot(const std::vector<DeviceIndex>& devices, bool default_streams = false)
+      : state(mixed_sizes(), devices, default_streams) {
+    pysnap::PackWriter writer(directory_ / "0.pack", 0, false);
+    for (std::size_t at = 0; at < state.stream().size(); at += kChunk) {
+      const std::size_t size = std::min(kChunk, state.stream().size() - at);
+      const pysnap::Buffer buffer = pysnap::make_buffer(size);
+      std::copy_n(state.stream().begin() + static_cast<std::ptrdiff_t>(at), size, buffer.get());
+      const auto raw = static_cast<std::uint32_t>(size);
+      chunks.push_back({0, raw, raw, pysnap::Element::kU8, pysnap::Encoding::kRaw,
+                        writer.append(buffer.get(), size), pysnap::xxh3_128(buffer.get(), size)});
+    }
+    size_ = writer.finish();
+    state.fill(0);
+    if (devices != std::vector<DeviceIndex>{kHost}) fake().finish();
+  }
+
+  std::string path() const { return directory_ / "0.pack"; }
+
+  bool restore(unsigned threads = 3, const pysnap::Interrupted& interrupted = nullptr) const {
+    return pysnap::restore({{path(), size_}}, chunks, state.targets(), threads, nullptr,
+                           state.streams(), interrupted);
+  }
+
+  DeviceState state;
+  std::vector<StoredChunk> chunks;
+
+ private:
+  const fixture::TemporaryDirectory directory_;
+  std::uint64_t size_;
+};
+
+}  // namespace
+
+// Without waiting for anything, the tensors are whole when restore returns.
+TEST(devices_are_whole_when_restore_returns) {
+  const HealthyDriver driver;
+  for (const FakeCuda::Late late : {FakeCuda::kNothing, FakeCuda::kCopies}) {
+    for (const unsigned threads : {1U, 3U}) {
+      for (const std::vector<DeviceIndex>& devices : kPlaces) {
+        const Snapshot snapshot(devices, threads == 1);
+        fake().set_late(late);
+        CHECK(snapshot.restore(threads));
+        CHECK(snapshot.state.now() == snapshot.state.stream());
+        fake().set_late(FakeCuda::kNothing);
+      }
+    }
+  }
+  CHECK_EQ(fake().pageable_copies(), 0);
+}
+
+TEST(what_was_queued_before_restore_comes_before_it) {
+  const HealthyDriver driver;
+  Snapshot snapshot({0, 1});
+  fake().set_late(FakeCuda::kKernels);
+  snapshot.state.fill(0xDD);
+  CHECK(snapshot.restore());
+  fake().finish();
+  CHECK(snapshot.state.now() == snapshot.state.stream());
+}
+
+TEST(memory_that_cannot_be_pinned_serves_all_the_same) {
+  const HealthyDriver driver;
+  const Snapshot snapshot({0, 1});
+  fake().set_late(FakeCuda::kCopies);
+  fake().fail_call("cuMemHostRegister_v2", 1, 2);
+  CHECK(snapshot.restore());
+  CHECK(fake().pageable_copies() > 0);
+  CHECK(snapshot.state.now() == snapshot.state.stream());
+}
+
+TEST(a_device_without_a_stream_is_refused) {
+  const HealthyDriver driver;
+  const Snapshot snapshot({0, 1});
+  CHECK_EQ(thrown_by([&] {
+             pysnap::restore({{snapshot.path(), 0}}, snapshot.chunks, snapshot.state.targets(), 1,
+                             nullptr, {{1, 0}}, nullptr);
+           }),
+           "invalid");
+}
+
+TEST(nothing_is_copied_after_a_failure) {
+  const HealthyDriver driver;
+  Snapshot snapshot({0, 1});
+  Bytes file = fixture::read_file(snapshot.path());
+  file[snapshot.chunks[5].offset] ^= 1;
+  fixture::write_file(snapshot.path(), file);
+  fake().set_late(FakeCuda::kCopies);
+  CHECK_EQ(thrown_by([&] { snapshot.restore(); }), "corrupt");
+  snapshot.state.free();
+}
+
+TEST(a_device_that_is_lost_is_an_error) {
+  for (const unsigned nth : {1U, 3U, 200U}) {
+    const HealthyDriver driver;
+    const Snapshot snapshot({0, 1});
+    fake().set_late(FakeCuda::kCopies);
+    fake().fail_copy(nth);
+    CHECK_EQ(thrown_by([&] { snapshot.restore(); }), "device");
+  }
+}
+
+TEST(a_call_that_is_refused_never_makes_a_wrong_restore) {
+  for (const char* function :
+       {"cuInit", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2", "cuStreamCreate",
+        "cuStreamQuery", "cuStreamWaitEvent", "cuEventCreate", "cuEventRecord", "cuEventQuery",
+        "cuMemAlloc_v2", "cuMemHostRegister_v2", "cuMemcpyHtoDAsync_v2"}) {
+    for (const unsigned nth : {1U, 2U, 3U, 6U, 14U}) {
+      const HealthyDriver driver;
+      const Snapshot snapshot({0, 1});
+      fake().set_late(FakeCuda::kCopies);
+      fake().fail_call(function, nth, 999);
+      const std::string outcome = thrown_by([&] {
+        CHECK(snapshot.restore());
+        CHECK(snapshot.state.now() == snapshot.state.stream());
+      });
+      if (outcome != "nothing" && outcome != "device" && outcome != "invalid") {
+        check::fail(__FILE__, __LINE__,
+                    std::string(function) + " refused: the failure is " + outcome);
+      }
+    }
+  }
+}
+
+TEST(a_wait_for_a_device_can_be_interrupted) {
+  const HealthyDriver driver;
+  const Snapshot snapshot({0, 1});
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold();
+  std::atomic<int> polls{0};
+  std::future<bool> restored = std::async(
+      std::launch::async, [&] { return snapshot.restore(2, [&] { return ++polls == 5; }); });
+  // It is interrupted soon, but the buffers are in use until the copies have ended.
+  CHECK(restored.wait_for(std::chrono::seconds(1)) == std::future_status::timeout);
+  CHECK_EQ(polls.load(), 5);
+  fake().release();
+  CHECK(!restored.get());
+}
