@@ -175,6 +175,9 @@ void raise(const Error& error) {
       break;
     case ErrorKind::kDevice:
       break;
+    case ErrorKind::kTorn:
+      name = "TornError";
+      break;
     case ErrorKind::kCorrupt:
       name = "CorruptError";
       break;

@@ -13,6 +13,9 @@ namespace pysnap {
 
 namespace {
 
+constexpr std::uint64_t kSampled = 256u << 10;
+constexpr std::uint64_t kSample = 64;
+
 // Objects of a forked child are never destroyed: their mutexes may be locked by threads that do not
 // exist there.
 template <typename T>
@@ -79,9 +82,12 @@ bool Job::capture(const Streams& streams, const Interrupted& interrupted) {
   }
   engine_.copies_.notify_all();
   const bool completed = copy_until_done(interrupted);
+  if (!completed) abort();
   // Whatever is eager may be changed by what the caller queues next; without a copy in the device's
   // memory, which would take as much memory there, it must wait for the copies.
   order(streams, &Device::gate);
+  for (std::size_t chunk = eager_; completed && chunk < spans_.size(); ++chunk)
+    samples_.push_back(sample(chunk, nullptr));
   {
     std::lock_guard<std::mutex> lock(engine_.mutex_);
     holding_ = false;
@@ -113,18 +119,16 @@ void Job::order(const Streams& streams, void (Device::*order)(StreamHandle)) {
 // Copies beside the helpers until nothing is left that may be copied and nobody copies any more;
 // false if interrupted.
 bool Job::copy_until_done(const Interrupted& interrupted) {
-  bool completed = true;
   try {
     copy(interrupted);
   } catch (const Interruption&) {
-    completed = false;
-    abort();
+    return false;
   }
   // Not interruptible: the helpers are in the middle of a chunk at most, and the caller may free
   // its tensors after this.
   std::unique_lock<std::mutex> lock(engine_.mutex_);
   engine_.progress_.wait(lock, [&] { return copying_ == 0 && !may_copy(); });
-  return completed;
+  return true;
 }
 
 void Job::copy(const Interrupted& interrupted) {
@@ -170,6 +174,8 @@ void Job::copy_next(Slot slot) {
   try {
     flight.emplace(stage(chunk, std::move(slot)));
     failure = flight->failure;
+    if (chunk >= eager_ && !(sample(chunk, flight->slot.data()) == samples_[chunk - eager_]))
+      failure = Error::torn(chunk);
   } catch (const std::exception& caught) {
     failure = to_failure(caught);
   }
@@ -227,6 +233,30 @@ InFlight Job::stage(std::size_t chunk, Slot slot) const {
     if (std::unique_ptr<Fence> fence = device->fence()) flight.fences.push_back(std::move(fence));
   }
   return flight;
+}
+
+// The first bytes of each host extent in a chunk, and of every kSampled bytes of it: where they
+// are, or in their copy.
+Digest Job::sample(std::size_t chunk, const std::uint8_t* copy) const {
+  const std::uint64_t start = chunk_starts_[chunk];
+  const std::uint64_t end = start + spans_[chunk].raw;
+  std::vector<std::uint8_t> bytes;
+  std::size_t i = std::upper_bound(extent_starts_.begin(), extent_starts_.end(), start) -
+                  extent_starts_.begin() - 1;
+  for (std::uint64_t position = start; position < end; ++i) {
+    const Extent& extent = extents_[i];
+    const std::uint64_t last = std::min(extent_starts_[i] + extent.length, end);
+    for (std::uint64_t at = position; at < last && extent.device == kHost; at += kSampled) {
+      const std::uint64_t address = extent.address + (at - extent_starts_[i]);
+      const std::uint8_t* from =
+          copy != nullptr
+              ? copy + (at - start)
+              : reinterpret_cast<const std::uint8_t*>(static_cast<std::uintptr_t>(address));
+      bytes.insert(bytes.end(), from, from + std::min(kSample, last - at));
+    }
+    position = std::max(position, last);
+  }
+  return xxh3_128(bytes.data(), bytes.size());
 }
 
 void Job::open_pack(const std::string& path) {

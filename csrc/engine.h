@@ -30,6 +30,7 @@
 
 #include "choice.h"
 #include "device.h"
+#include "digest.h"
 #include "error.h"
 #include "in_flight.h"
 #include "pack.h"
@@ -86,11 +87,14 @@ class Job : public std::enable_shared_from_this<Job> {
   // those on devices are queued and ordered, or the job has failed. The lazy ones are then copied
   // in the background. Blocks for the copies of host memory, and for slots where the state is
   // larger than the staging memory. Called once, by one thread; false if `interrupted` ended it.
+  // Of lazy chunks on the host a few bytes are noted: one that has others when it is copied fails
+  // the job with Error(kTorn), which finds whoever writes a whole tensor.
   bool capture(const Streams& streams, const Interrupted& interrupted);
 
   // May not be passed before every byte has been read: on the host it copies what is left and
   // waits, on a device it makes `streams` wait. The caller waits only for device copies that could
-  // not be queued before because slots ran out. False if `interrupted` ended it.
+  // not be queued before because slots ran out. False if `interrupted` ended the wait; the job goes
+  // on.
   bool gate(const Streams& streams, const Interrupted& interrupted);
 
   // Creates the pack and reserves its space; from now on chunks are written. Called once. Throws
@@ -123,6 +127,7 @@ class Job : public std::enable_shared_from_this<Job> {
   std::optional<Slot> wait_for_slot(const Interrupted& interrupted);
   void copy_next(Slot slot);
   InFlight stage(std::size_t chunk, Slot slot) const;
+  Digest sample(std::size_t chunk, const std::uint8_t* copy) const;
   void order(const Streams& streams, void (Device::*order)(StreamHandle));
   // With engine_.mutex_ held:
   bool may_copy() const { return !failure_ && next_copy_ < copy_limit_; }
@@ -140,6 +145,9 @@ class Job : public std::enable_shared_from_this<Job> {
   std::vector<std::uint64_t> extent_starts_;  // offsets in the stream
   std::vector<std::uint64_t> chunk_starts_;
   Devices devices_;
+
+  // Written by capture() before lazy chunks may be copied.
+  std::vector<Digest> samples_;
 
   // Guarded by engine_.mutex_.
   std::size_t next_copy_ = 0;   // chunks below it have been given to a copying thread

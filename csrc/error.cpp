@@ -13,6 +13,12 @@ Error Error::io(const std::string& doing, const std::string& path, int error_num
   return error;
 }
 
+Error Error::torn(std::size_t chunk) {
+  Error error(ErrorKind::kTorn, "memory changed before it was copied");
+  error.chunk_ = static_cast<std::int64_t>(chunk);
+  return error;
+}
+
 Error Error::corrupt(const std::string& path, std::int64_t chunk, const std::string& what) {
   const std::string where = chunk < 0 ? path : path + ", chunk " + std::to_string(chunk);
   Error error(ErrorKind::kCorrupt, where + ": " + what);

@@ -11,6 +11,7 @@ enum class ErrorKind {
   kInvalid,  // the caller passed something that cannot be
   kIo,       // the operating system refused; error_number() and path() say what and where
   kDevice,   // a CUDA device or its driver refused, or a copy there failed
+  kTorn,     // memory changed before it was copied; chunk() says where
   kCorrupt,  // stored bytes are not what was written; path() and chunk() say where
   kClosed,   // the engine is closed, the job was aborted, or this is a forked child
 };
@@ -23,6 +24,7 @@ class Error : public std::runtime_error {
 
   // "<doing> <path> failed: <strerror>".
   static Error io(const std::string& doing, const std::string& path, int error_number);
+  static Error torn(std::size_t chunk);
   // "<path>, chunk <chunk>: <what>"; "<path>: <what>" where `chunk` is -1.
   static Error corrupt(const std::string& path, std::int64_t chunk, const std::string& what);
 

@@ -37,6 +37,10 @@ class Best:
             )
         return cls(match[2], match[1] == "max", delta)
 
+    def __str__(self) -> str:
+        rule = f"{'max' if self.larger else 'min'} {self.metric}"
+        return f"{rule} by {self.delta!r}" if self.delta else rule
+
     def improves(self, value: float, record: float | None) -> bool:
         """Whether `value` is better than the best so far; NaN never is."""
         if math.isnan(value):

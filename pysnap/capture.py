@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pysnap import _engine, tree
@@ -26,6 +27,7 @@ from pysnap.memory import available_memory
 _log = logging.getLogger("pysnap")
 
 _POLL_SECONDS = 0.02
+_NAMES_SHOWN = 3
 
 
 def zstd_libraries() -> list[str]:
@@ -123,6 +125,7 @@ class Capture:
         self._records = plan.records
         self._keep: list[Leaf] = plan.keep
         self._devices = plan.devices
+        self._raw = plan.spans["raw"].astype(np.uint64)
         self._job = job
         self._chunk_size = chunk_size
         self._guard = guard
@@ -146,7 +149,10 @@ class Capture:
 
     def wait_staged(self, timeout: float | None) -> bool:
         """Wait until every byte has been read, or the job has failed; False after `timeout` s."""
-        return self._job.wait_staged(timeout)
+        staged = self._job.wait_staged(timeout)
+        if staged and threading.current_thread() is threading.main_thread():
+            self._guard.look()
+        return staged
 
     def write(
         self, directory: Path, *, step: int, sequence: int, metadata: dict[str, Any]
@@ -154,11 +160,16 @@ class Capture:
         """Write the packs into `directory` and make them durable; the manifest that describes
         them."""
         self._job.open_pack(str(directory / "0.pack"))
-        self._job.wait_written()
+        # Changes behind the copy do not matter, so they are looked for at once.
+        self._job.wait_staged()
         # What follows holds the GIL, which the training thread needs to return from the capture.
         self._copied.wait()
         self._guard.settle()
         self._keep = []
+        try:
+            self._job.wait_written()
+        except TornError as error:
+            raise TornError(_torn(self._names_in(getattr(error, "chunk", 0)))) from None
         chunks, size = self._job.finish()
         return Manifest(
             id=uuid.uuid4().hex,
@@ -172,6 +183,15 @@ class Capture:
             chunks=chunks,
             metadata=metadata,
         )
+
+    def _names_in(self, chunk: int) -> str:
+        """Some of the tensors that have bytes in a chunk."""
+        start = int(self._raw[:chunk].sum())
+        end = start + int(self._raw[chunk])
+        places = sorted((self._records[index].at, path) for path, index in tree.leaves(self._tree))
+        before = [path for at, path in places if at <= start][-1:]
+        inside = [path for at, path in places if start < at < end]
+        return " or ".join([*before, *inside][:_NAMES_SHOWN])
 
     def abort(self) -> None:
         """Give up; safe at any time."""
@@ -224,7 +244,11 @@ class _Guard:
                 self.look()
             self._settled.wait(_POLL_SECONDS)
         if self._changed is not None:
-            raise TornError(
-                f"{self._changed} changed before the optimizer's step, while it was being copied; "
-                "use overlap=False, which copies everything before training goes on"
-            )
+            raise TornError(_torn(self._changed))
+
+
+def _torn(names: str) -> str:
+    return (
+        f"{names} changed before the optimizer's step, while it was being copied; "
+        "use overlap=False, which copies everything before training goes on"
+    )

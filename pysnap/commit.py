@@ -72,7 +72,8 @@ class Handle:
         return self._error
 
     def wait_staged(self, timeout: float | None = None) -> bool:
-        """Wait until the state is captured or the snapshot has failed; False after `timeout` s."""
+        """Wait until the state is captured, so that everything may change, or the snapshot has
+        failed; False after `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self._staged.wait(timeout):
             return False
@@ -91,9 +92,12 @@ class Handle:
 
     def wait(self, timeout: float | None = None) -> SnapshotInfo:
         """Wait until it is durable. Raises its failure, or TimeoutError after `timeout` seconds."""
-        if threading.current_thread() is threading.main_thread():
-            self.gate()
-        if not self._done.wait(timeout):
+        deadline = None if timeout is None else time.monotonic() + timeout
+        # The committing thread waits for a look of the main thread at what is staged.
+        if self.wait_staged(timeout):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            self._done.wait(left)
+        if not self._done.is_set():
             raise TimeoutError(f"the snapshot of step {self.step} is not durable after {timeout} s")
         if self._error is not None:
             raise self._error
@@ -128,6 +132,7 @@ class Committer:
         self.parent: str | None = None
         """Id of the snapshot from which the run goes on: the last durable one, or the one that was
         put back since. Looked at while no snapshot is in flight."""
+        self._taking = False  # inside take()
         self._lock = threading.Lock()
         self._stats = Stats()  # guarded by _lock
 
@@ -147,13 +152,14 @@ class Committer:
         A failure is the handle's, not the caller's. What is raised here is not pysnap's: Ctrl-C, or
         an exception of somebody's `state_dict`.
         """
-        self.newest = handle
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         capture: Capture | None = None
         thread: threading.Thread | None = None
         starting = False
         # Ctrl-C may come at any line of this: whatever waits for the capture must be told.
         try:
+            self._taking = True
+            self.newest = handle
             capture = begin()
             handle._capture = capture
             thread = threading.Thread(
@@ -175,6 +181,7 @@ class Committer:
         finally:
             handle._stall = time.monotonic() - handle._start
             handle._staged.set()
+            self._taking = False
 
     def _start(self, thread: threading.Thread) -> None:
         # No daemon: the interpreter waits for it at exit, so that the snapshot becomes durable.
@@ -183,19 +190,27 @@ class Committer:
         self._threads.append(thread)
 
     def wait_idle(self) -> None:
-        """Wait until the snapshot in flight is durable or has failed."""
+        """Wait until the snapshot in flight is durable or has failed. Raises Error where that one
+        is just being taken by the caller, as in a handler of a signal that came meanwhile."""
+        if self._taking:
+            raise Error(
+                "a snapshot is being taken, and cannot be waited for inside of that; in a signal "
+                "handler set a flag, and save behind the step"
+            )
         if self.newest is not None:
             self.newest.gate()
             self.newest._done.wait()
 
+    def is_current_thread(self) -> bool:
+        """Whether the calling thread commits a snapshot."""
+        return threading.current_thread() in self._threads
+
     def close(self) -> None:
         """Wait until the last snapshot is done and told."""
-        if self.newest is not None and threading.current_thread() is threading.main_thread():
+        if self.newest is not None:
             self.newest.gate()
         for thread in self._threads:
-            # A Snapshotter in a reference cycle may be collected by the committing thread itself.
-            if thread is not threading.current_thread():
-                thread.join()
+            thread.join()
 
     def count_late(self) -> None:
         """A snapshot was due while another was in flight."""
@@ -217,7 +232,7 @@ class Committer:
             return
         try:
             handle._info = info = self._describe(handle, snapshot)
-            self._retain()
+            self._retain(snapshot)
         finally:
             handle._staged.set()
             handle._capture = None
@@ -264,15 +279,22 @@ class Committer:
             self._stats.last = info
         return info
 
-    def _retain(self) -> None:
+    def _retain(self, newest: Snapshot) -> None:
         """A snapshot that cannot be removed does not make the newest one a failure."""
         try:
             snapshots = self._repository.list().snapshots
-            held = self._repository.held()
+            # One that somebody copied here may have a larger sequence number than the newest.
+            held = self._repository.held() | {newest.path}
             for snapshot in removable(snapshots, self._keep, best=self._best, held=held):
-                self._repository.delete(snapshot.path)
+                self._remove(snapshot)
         except Exception as error:
             _log.error("old snapshots could not be removed: %s", error)
+
+    def _remove(self, snapshot: Snapshot) -> None:
+        try:
+            self._repository.delete(snapshot.path)
+        except Error as error:
+            _log.error("an old snapshot could not be removed: %s", error)
 
     def _fail(self, handle: Handle, error: BaseException) -> None:
         handle._error = error

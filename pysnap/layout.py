@@ -159,10 +159,15 @@ class Planner:
         than the others. Raises StateError for a type that cannot be stored."""
         fingerprints = [_fingerprint(leaf) for _, leaf in leaves]
         if self._plan is not None and fingerprints == self._fingerprints and lazy == self._lazy:
-            return replace(self._plan, keep=[leaf for _, leaf in leaves])
+            return replace(self._plan, keep=_held(leaves))
         contiguous = [(path, _contiguous(leaf)) for path, leaf in leaves]
         sources = [_source(path, leaf) for path, leaf in contiguous]
-        plan = _lay_out(sources, self._chunk_size, lazy)
+        waits = {
+            index
+            for index, (_, leaf) in enumerate(contiguous)
+            if isinstance(leaf, torch.Tensor) and sources[index].address in lazy
+        }
+        plan = _lay_out(sources, self._chunk_size, waits)
         self._lazy = lazy
         in_place = all(
             source.address == fingerprint[0]
@@ -170,7 +175,13 @@ class Planner:
         )
         self._plan = plan
         self._fingerprints = fingerprints if in_place else None
-        return replace(plan, keep=[leaf for _, leaf in contiguous])
+        return replace(plan, keep=_held(contiguous))
+
+
+def _held(leaves: list[tuple[str, Leaf]]) -> list[Leaf]:
+    """What keeps the memory of the leaves, also when a program gives them another one by
+    `tensor.data = ...`."""
+    return [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for _, leaf in leaves]
 
 
 def _fingerprint(leaf: Leaf) -> _Fingerprint:
@@ -223,7 +234,7 @@ def _source(path: str, leaf: Leaf) -> _Source:
 def _lay_out(sources: list[_Source], chunk_size: int, lazy: Collection[int]) -> Plan:
     runs = _merge(sources)
     for run in runs:
-        run.lazy = all(sources[index].address in lazy for index in run.members)
+        run.lazy = all(index in lazy for index in run.members)
     # Python's sort is stable: within an element type, the order of the tree.
     runs.sort(key=lambda run: (run.lazy, ELEMENTS.index(run.element), run.first))
     offsets: dict[int, int] = {}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pysnap import tree
-from pysnap.errors import ConfigError, CorruptError, MismatchError
+from pysnap.errors import ConfigError, CorruptError, MismatchError, NotFoundError
 from pysnap.layout import TORCH_ELEMENTS, Leaf, dtype_name
 from pysnap.manifest import Record
 from pysnap.overlay import NO_ARRAY, NO_TENSOR, overlay, rename
@@ -56,6 +56,9 @@ class Terms:
         """The arguments of `resume`. Raises ConfigError for what cannot be."""
         if isinstance(only, str):
             raise ConfigError(f"only is {only!r}; it must be a list of names, such as [{only!r}]")
+        only = None if only is None else tuple(only)
+        if only == ():
+            raise ConfigError("only is empty: leave resume() out, or name what is wanted")
         for name, word in restart.items():
             if name not in parts:
                 raise ConfigError(f"resume({name}=...): no part of that name is registered")
@@ -63,7 +66,7 @@ class Terms:
                 raise ConfigError(f'resume({name}={word!r}): it must be "restart"')
         return cls(
             strict=strict,
-            only=None if only is None else tuple(only),
+            only=only,
             rename=dict(rename or {}),
             convert=convert,
             restart=frozenset(restart),
@@ -115,6 +118,8 @@ class _Match:
 
     def load(self) -> dict[str, Any]:
         self._check_names()
+        if not self._terms.strict:
+            self._leave_out_states_of_misfits()
         differences = self._compare()
         if differences and self._terms.strict:
             raise MismatchError(
@@ -122,7 +127,6 @@ class _Match:
                 + _table(differences)
             )
         if differences:
-            self._leave_out_states_of_misfits(differences)
             _log.warning(
                 "%s does not fit the live objects in all; what differs stays as it is live:\n%s",
                 self._snapshot.path,
@@ -152,7 +156,13 @@ class _Match:
                 check(state[name])
         restore.read()
         for name in loaded:
-            self._parts[name].load_state_dict(state.pop(name))
+            try:
+                self._parts[name].load_state_dict(state.pop(name))
+            except MismatchError as error:
+                raise MismatchError(
+                    f"{error}\nIt was found only when {name} took its state over: "
+                    f"{', '.join(loaded)} are overwritten in part"
+                ) from error
         return state
 
     def _loads(self, name: str, differences: list[_Difference]) -> bool:
@@ -165,28 +175,40 @@ class _Match:
 
     def _check_names(self) -> None:
         """Names of `only` that are nowhere are a mistake, not a wish for nothing."""
-        for only in self._terms.only or ():
-            paths = (
-                tree.join(name, path)
-                for name, leaves in self._saved_leaves.items()
-                for path in ("", *leaves)
-            )
-            if not any(tree.covers(only, path.rstrip("/")) for path in paths):
-                raise MismatchError(f"{self._snapshot.path} holds no {only}, which only names")
+        if self._terms.only is None:
+            return
+        try:
+            tree.prune(dict(self._nodes), self._terms.only)
+        except NotFoundError as error:
+            raise MismatchError(
+                f"{self._snapshot.path}, of which only names a part: {error}"
+            ) from None
+        taken = [*self._parts, *(name for name in RESERVED if self._terms.wants(name))]
+        for only in self._terms.only:
+            if not any(tree.covers(only, name) or tree.covers(name, only) for name in taken):
+                raise MismatchError(
+                    f"only names {only}, but no part of that name is registered "
+                    "(progress and rng are taken as a whole)"
+                )
 
     def _is_whole(self, name: str) -> bool:
-        return self._terms.strict and self._terms.wants(name)
+        """Whether a part takes the saved state as it is."""
+        # Of other parts nothing can be known to fit or not.
+        partial = isinstance(self._parts[name], (ModulePart, Container, torch.optim.Optimizer))
+        return self._terms.wants(name) and (self._terms.strict or not partial)
 
-    def _leave_out_states_of_misfits(self, differences: list[_Difference]) -> None:
+    def _leave_out_states_of_misfits(self) -> None:
         """What an optimizer knows of a parameter that stays as it is live is of no use."""
-        misfits = {
-            leaf.data_ptr()
-            for name, part in self._parts.items()
-            if isinstance(part, ModulePart)
-            for path, leaf in self._live_leaves[name].items()
-            if isinstance(leaf, torch.Tensor)
-            and any(tree.covers(what, tree.join(name, path)) for what, _, _ in differences)
-        }
+        misfits: set[int] = set()
+        for name, part in self._parts.items():
+            if isinstance(part, ModulePart):
+                saved = self._saved_leaves.get(name, {})
+                misfits |= {
+                    leaf.data_ptr()
+                    for path, leaf in self._live_leaves[name].items()
+                    if isinstance(leaf, torch.Tensor)
+                    and not (path in saved and self._fits(leaf, saved[path]))
+                }
         for name, part in self._parts.items():
             if not isinstance(part, torch.optim.Optimizer) or name not in self._nodes:
                 continue
@@ -197,12 +219,12 @@ class _Match:
 
     def _drop(self, optimizer: str, index: int) -> None:
         node: Any = self._nodes[optimizer]
-        pairs = node["state"]["$dict"] if node["state"] else []
-        self._nodes[optimizer] = {
-            **node,
-            "state": {"$dict": [pair for pair in pairs if pair[0] != index]},
-        }
-        self._saved_leaves[optimizer] = dict(tree.leaves(self._nodes[optimizer]))
+        states = node.get("state") if isinstance(node, dict) else None
+        # Of torch.optim, whose keys are the parameters' numbers; others keep what they saved.
+        if isinstance(states, dict) and isinstance(states.get("$dict"), list):
+            pairs = [pair for pair in states["$dict"] if pair[0] != index]
+            self._nodes[optimizer] = {**node, "state": {"$dict": pairs}}
+            self._saved_leaves[optimizer] = dict(tree.leaves(self._nodes[optimizer]))
 
     def _merged(self, name: str, saved: Any) -> Any:
         """The state to load: the saved one, or what is wanted of it over the live one."""
@@ -219,7 +241,7 @@ class _Match:
             only_known = isinstance(self._parts[name], ModulePart)
             for path, index in self._saved_leaves[name].items():
                 leaf = self._live_leaves[name].get(path)
-                fits = leaf is not None and self._fits(leaf, index)
+                fits = _is_extra(path) or (leaf is not None and self._fits(leaf, index))
                 if self._terms.wants(tree.join(name, path)) and (fits or not only_known):
                     found.add(index)
         return found | {index for name in rest for index in self._saved_leaves[name].values()}
@@ -231,6 +253,7 @@ class _Match:
             for name in loaded
             for path, index in self._saved_leaves[name].items()
             if index in wanted
+            and not _is_extra(path)
             and (leaf := self._live_leaves[name].get(path)) is not None
             and self._fits(leaf, index)
             and _is_writable(leaf)
@@ -266,7 +289,7 @@ class _Match:
         for path in dict.fromkeys([*live, *saved]):
             leaf = live.get(path)
             record = self._snapshot.manifest.tensors[saved[path]] if path in saved else None
-            if not self._terms.wants(tree.join(name, path)):
+            if not self._terms.wants(tree.join(name, path)) or _is_extra(path):
                 continue
             if leaf is None or record is None:
                 differs = all_paths
@@ -314,6 +337,12 @@ def _leaves_of(state: object) -> dict[str, Leaf]:
 
     tree.encode(state, put)
     return found
+
+
+def _is_extra(path: str) -> bool:
+    """Whether it is in what a module's `get_extra_state` returned: `set_extra_state` takes that,
+    whatever it is."""
+    return path.split("/")[0].rpartition(".")[2] == "_extra_state"
 
 
 def _is_writable(leaf: Leaf) -> bool:

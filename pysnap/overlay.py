@@ -3,6 +3,7 @@ what is live."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from pysnap.errors import MismatchError
 
 NO_TENSOR, NO_ARRAY = torch.empty(0, device="cpu"), np.empty(0)
 """Stand in a saved state for what is not wanted of it."""
+
+_MAPPINGS = (dict, OrderedDict)
 
 
 def rename(node: tree.Json, names: Mapping[str, str], where: str) -> tree.Json:
@@ -93,7 +96,7 @@ def overlay(live: Any, saved: Any, takes: Callable[[str], bool], *, adds: bool, 
     place. Where `adds`, entries of a mapping that only `saved` has come in, too."""
     if _is_absent(saved):
         return live
-    if isinstance(live, Mapping) and isinstance(saved, Mapping):
+    if type(live) in _MAPPINGS and isinstance(saved, Mapping):
         merged = {
             key: overlay(item, saved[key], takes, adds=adds, path=tree.join(path, key))
             if key in saved
@@ -104,16 +107,23 @@ def overlay(live: Any, saved: Any, takes: Callable[[str], bool], *, adds: bool, 
             merged |= {
                 key: item
                 for key, item in saved.items()
-                if key not in live and not _is_absent(item) and takes(tree.join(path, key))
+                if key not in live and not _lacks(item) and takes(tree.join(path, key))
             }
-        return merged
+        return type(live)(merged)
     if type(live) is type(saved) and isinstance(live, (list, tuple)) and len(live) == len(saved):
         return type(live)(
             overlay(old, new, takes, adds=adds, path=tree.join(path, index))
             for index, (old, new) in enumerate(zip(live, saved, strict=True))
         )
-    return saved if takes(path) else live
+    return saved if takes(path) and not _lacks(saved) else live
 
 
 def _is_absent(saved: object) -> bool:
     return saved is NO_TENSOR or saved is NO_ARRAY
+
+
+def _lacks(saved: object) -> bool:
+    """Whether anything in it was not read."""
+    if isinstance(saved, Mapping):
+        return any(map(_lacks, saved.values()))
+    return any(map(_lacks, saved)) if isinstance(saved, (list, tuple)) else _is_absent(saved)

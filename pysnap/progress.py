@@ -24,6 +24,8 @@ class Progress:
     """The value of each metric that was reported last."""
     best: float | None = None
     """The best value so far of the metric that `best` names."""
+    best_rule: str = ""
+    """What `best` said then."""
 
     def state(self) -> dict[str, Any]:
         """A copy as plain values."""
@@ -50,6 +52,9 @@ def _checked(name: str, value: Any) -> Any:
     elif name == "best":
         if value is not None and type(value) is not float:
             raise ValueError(f"its best is {value!r:.80}")
+    elif name == "best_rule":
+        if type(value) is not str:
+            raise ValueError(f"its best_rule is {value!r:.80}")
     elif type(value) is not (float if name == "seconds" else int) or not value >= 0:
         raise ValueError(f"its {name} is {value!r:.80}")
     return value

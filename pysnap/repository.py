@@ -182,9 +182,8 @@ class Repository:
             self.close()
             raise
         self._known = {snapshot.path: snapshot for snapshot in listing.snapshots}
-        self._next_sequence = 1 + max(
-            (snapshot.manifest.sequence for snapshot in listing.snapshots), default=0
-        )
+        self._next_sequence = 1
+        self._pass_sequences(listing)
 
     def begin(self) -> Path:
         """A new directory for the packs of one snapshot."""
@@ -207,7 +206,13 @@ class Repository:
         """Everything committed. Manifests do not change, so each is read once."""
         listing = list_snapshots(self.root, self._known)
         self._known = {snapshot.path: snapshot for snapshot in listing.snapshots}
+        self._pass_sequences(listing)
         return listing
+
+    def _pass_sequences(self, listing: Listing) -> None:
+        """What is taken from now on is newer than all that is there, whoever put it there."""
+        newest = max((snapshot.manifest.sequence for snapshot in listing.snapshots), default=0)
+        self._next_sequence = max(self._next_sequence, newest + 1)
 
     def held(self) -> set[Path]:
         """The snapshots that a tag or a pin holds."""

@@ -79,6 +79,7 @@ class Restore:
         self._snapshot = snapshot
         self._targets: list[_Target] = []
         self._indirect: list[tuple[Leaf, Leaf]] = []
+        self._indirect_at: dict[int, int] = {}  # place in the stream of what is at an address
         records = snapshot.manifest.tensors
         dtypes = {record.dtype for record in records}
         itemsizes = {name: dtype_of(name, snapshot).itemsize for name in dtypes}
@@ -117,6 +118,9 @@ class Restore:
     def _place(self, leaf: Leaf, record: Record, extent: int) -> None:
         """A live leaf gets its bytes straight where it has them in the order of the stream."""
         if not _same_order(leaf, record):
+            first = self._indirect_at.setdefault(_address(leaf), record.at)
+            if extent and first != record.at:
+                raise _tied_otherwise(self._snapshot)
             staging = _new(record)
             self._indirect.append((leaf, staging))
             leaf = staging
@@ -270,16 +274,20 @@ def _new_array(record: Record) -> Array:
     return array
 
 
+def _tied_otherwise(snapshot: Snapshot) -> MismatchError:
+    return MismatchError(
+        "tensors that share memory (are tied) in the live state do not in "
+        f"{snapshot.path}; tie them in the same way"
+    )
+
+
 def _check_overlap(targets: list[_Target], snapshot: Snapshot) -> None:
     """Live tensors that share memory must share bytes of the stream in the same way, else one
     would overwrite the other."""
     end, shift = 0, 0
     for at, address, length, _ in sorted(targets, key=lambda target: (target[1], -target[2])):
         if length and address < end and address - at != shift:
-            raise MismatchError(
-                "tensors that share memory (are tied) in the live state do not in "
-                f"{snapshot.path}; tie them in the same way"
-            )
+            raise _tied_otherwise(snapshot)
         if address + length > end:
             end, shift = address + length, address - at
 

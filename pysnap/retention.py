@@ -38,14 +38,14 @@ def removable(
     """The snapshots, given newest first, that are not to be kept; never the newest, and none of
     `held`.
 
-    A step that was taken again replaces the older snapshot of that step; of the others, `keep`
-    decides. Oldest first: the order to remove them in.
+    A step that was taken again replaces the older snapshot of that step, unless that is one of the
+    best; of the others, `keep` decides. Oldest first: the order to remove them in.
     """
     newest_of_step = {snapshot.step: snapshot for snapshot in reversed(snapshots)}
     current = [snapshot for snapshot in snapshots if newest_of_step[snapshot.step] is snapshot]
     kept = current if keep.last is None else current[: keep.last]
     if best is not None:
-        kept = [*kept, *best.ranked(current)[: keep.best]]
+        kept = [*kept, *best.ranked(snapshots)[: keep.best]]
     return [
         snapshot
         for snapshot in reversed(snapshots)

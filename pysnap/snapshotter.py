@@ -28,6 +28,7 @@ from pysnap.errors import (
     CorruptError,
     Error,
     MismatchError,
+    NotFoundError,
     StorageError,
     TornError,
 )
@@ -36,7 +37,7 @@ from pysnap.match import Terms, load_parts
 from pysnap.notes import Notes, tagged
 from pysnap.parts import as_part
 from pysnap.progress import Progress
-from pysnap.repository import Repository, Snapshot, tell_skipped
+from pysnap.repository import Listing, Repository, Snapshot, tell_skipped
 from pysnap.retention import Keep
 from pysnap.which import Which
 
@@ -247,7 +248,7 @@ class Snapshotter:
         listing = self._repository.list()
         skipped = [] if rule.kind == "path" else listing.tell_damaged()
         touched = False
-        for snapshot in rule.candidates(listing, self._best, self._repository.root):
+        for snapshot in self._candidates(rule, listing, skipped):
             try:
                 self._restore(snapshot, terms)
             except (CorruptError, StorageError) as error:
@@ -268,6 +269,15 @@ class Snapshotter:
             )
         _log.info("%s holds no snapshot yet: a fresh start", self._repository.root)
         return None
+
+    def _candidates(self, rule: Which, listing: Listing, skipped: list[str]) -> list[Snapshot]:
+        try:
+            return rule.candidates(listing, self._best, self._repository.root)
+        except NotFoundError as error:
+            if not skipped:
+                raise
+            # It may be one of these.
+            raise CorruptError(f"{error}; damaged are: {'; '.join(skipped)}") from None
 
     def save(self, *, tag: str | Iterable[str] = (), overlap: bool = False) -> Handle:
         """Take a snapshot now, after the one that is in flight is done; blocks for that and for the
@@ -300,6 +310,9 @@ class Snapshotter:
         best = self._best
         if best is None or best.metric not in metrics:
             return False
+        if self.progress.best_rule != str(best):
+            # Of another metric: it says nothing.
+            self.progress.best, self.progress.best_rule = None, str(best)
         value = self._reported[best.metric]
         if math.isnan(value):
             _log.warning("%s is not a number at step %d", best.metric, self.progress.step)
@@ -441,6 +454,8 @@ class Snapshotter:
     def _describe(self) -> dict[str, Any]:
         progress = self.progress.state()
         progress["metrics"] = _finite(self.progress.metrics)
+        if progress["best"] is not None:
+            progress |= _finite({"best": progress["best"]})
         return self._description | {
             "devices": provenance.devices(),
             "parent": self._committer.parent,
@@ -457,11 +472,11 @@ class Snapshotter:
         rest = load_parts(snapshot, self._parts, terms)
         if "progress" in rest:
             self._go_on_at(rest["progress"], snapshot)
-        for name in terms.restart:
-            begin_epoch = getattr(self._parts[name], "begin_epoch", None)
-            if begin_epoch is not None:
-                begin_epoch()
-                self.progress.batch = 0
+            for name, part in self._parts.items():
+                begin_epoch = getattr(part, "begin_epoch", None)
+                if begin_epoch is not None and not terms.touches(name):
+                    begin_epoch()
+                    self.progress.batch = 0
         self._tell_config(snapshot)
         # Last: whatever is loaded before may draw.
         if "rng" in rest:
@@ -491,13 +506,11 @@ class _Gated:
     copied until then, and the hooks before that step."""
 
     def __init__(self, snapshotter: Snapshotter, wanted: bool) -> None:
-        """No tensor is one where `wanted` is false, or outside the main thread: only there it can
-        be found out whether a tensor changed too early (see `capture._Guard`)."""
-        in_main = threading.current_thread() is threading.main_thread()
+        """No tensor is one where `wanted` is false."""
         self._optimizers = [
             part
-            for part in (snapshotter._parts.values() if wanted and in_main else ())
-            if isinstance(part, torch.optim.Optimizer)
+            for part in (snapshotter._parts.values() if wanted else ())
+            if isinstance(part, torch.optim.Optimizer) and _calls_hooks(part)
         ]
         # Weak, as in _Step.
         owner = weakref.ref(snapshotter)
@@ -511,17 +524,24 @@ class _Gated:
 
     def addresses(self) -> set[int]:
         """Where the parameters and the state of the optimizers are."""
-        tensors = (
-            tensor
-            for optimizer in self._optimizers
-            for tensor in (
-                *(p for group in optimizer.param_groups for p in group["params"]),
-                *(v for state in optimizer.state.values() for v in state.values()),
-            )
-            # Changes of the others are not counted.
-            if isinstance(tensor, torch.Tensor) and not tensor.is_inference()
-        )
-        return {tensor.data_ptr() for tensor in tensors}
+        # Only there it can be found out whether one changed too early (see capture._Guard).
+        if threading.current_thread() is not threading.main_thread():
+            return set()
+        values: list[object] = []
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                values += group["params"]
+            for state in optimizer.state.values():
+                values += state.values() if isinstance(state, dict) else [state]
+        return {
+            value.data_ptr()
+            for value in values
+            # Of other kinds, changes are not counted, or there is no one address.
+            if isinstance(value, torch.Tensor)
+            and type(value) in (torch.Tensor, torch.nn.Parameter)
+            and value.layout is torch.strided
+            and not value.is_inference()
+        } - {0}
 
     def give_up(self) -> None:
         """Something else changes them, too: they are copied at once from now on."""
@@ -534,6 +554,16 @@ class _Gated:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._optimizers = [], []
+
+
+def _calls_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the hooks are called before a step; a wrapper around an optimizer may lack them."""
+    calls = getattr(type(optimizer).step, "hooked", False)
+    calls = bool(calls) and hasattr(optimizer, "_optimizer_step_pre_hooks")
+    if not calls:
+        name = type(optimizer).__qualname__
+        _log.info("%s calls no hooks before its steps: what it changes is copied at once", name)
+    return calls
 
 
 class _Step:
@@ -583,7 +613,16 @@ def _release(
 ) -> None:
     gated.close()
     # In a forked child the engine's threads do not exist and the lock is closed already.
-    if os.getpid() == owner:
+    if os.getpid() != owner:
+        return
+
+    def release() -> None:
         committer.close()
         stager.close()
         repository.close()
+
+    if committer.is_current_thread():
+        # A Snapshotter in a reference cycle, collected by the thread that commits its snapshot.
+        threading.Thread(target=release, name="pysnap-release").start()
+    else:
+        release()

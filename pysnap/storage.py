@@ -55,13 +55,16 @@ def read_file(path: Path, limit: int) -> bytes:
     """Content of a regular file of at most `limit` bytes. Links, FIFOs and devices are refused."""
     with _told("reading", path):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(22, "it is not a regular file")
             if status.st_size > limit:
                 raise OSError(27, f"it has {status.st_size} bytes, more than {limit}")
-            return file.read(limit + 1)
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(limit + 1)
+        finally:
+            os.close(descriptor)
 
 
 def sync_directory(path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 from pysnap.best import Best
 from pysnap.errors import ConfigError, CorruptError, NotFoundError, StorageError
 from pysnap.notes import Notes, check_tag
-from pysnap.repository import Listing, Snapshot
+from pysnap.repository import Listing, Snapshot, is_snapshot, list_snapshots
 
 _SHOWN = 10
 
@@ -27,6 +27,8 @@ class Which:
     def parse(cls, rule: str | os.PathLike[str], where: str) -> Which:
         """The rule `newest`, `best`, `off`, `step=N`, `tag=NAME` or a path. ConfigError names
         `where`."""
+        if not isinstance(rule, (str, os.PathLike)):
+            raise ConfigError(f"{where} is {rule!r}; a step is named by step={rule!r}")
         text = os.fspath(rule)
         if text in ("newest", "best", "off"):
             return cls(text)  # type: ignore[arg-type]  # one of the literals
@@ -53,7 +55,8 @@ class Which:
         if self.kind == "best" and best is None:
             raise ConfigError('to resume from the best snapshot, say what is best: best="min loss"')
         if self.kind == "path":
-            return [Snapshot.open(Path(str(self.value)))]
+            path = Path(str(self.value))
+            return [Snapshot.open(path)] if is_snapshot(path) else list_snapshots(path).snapshots
         if self.kind == "newest" or not (snapshots or self.value is not None):
             return snapshots
         if self.kind == "best":

@@ -374,3 +374,123 @@ def test_a_module_may_be_resumed_with_another_wrapping(tmp_path: Path) -> None:
     live = Net(seed=1)
     resumed(tmp_path, {"model": torch.compile(live, backend="eager")})
     assert values(live) == values(net)
+
+
+# What a reading found
+
+
+def test_only_a_part_that_is_not_registered_is_refused(tmp_path: Path) -> None:
+    """Nothing was loaded, and the run went on from fresh weights."""
+    net = Net()
+    saved(tmp_path, model=net)
+    assert "registered" in refused(tmp_path, {"net": Net()}, only=["model"])
+    with (
+        pysnap.Snapshotter(tmp_path, model=net) as snapshotter,
+        pytest.raises(pysnap.ConfigError, match="empty"),
+    ):
+        snapshotter.resume(only=[])
+
+
+def test_only_values_that_are_no_tensors(tmp_path: Path) -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    saved(tmp_path, optimizer=optimizer, values={"a": 1, "b": 2})
+    optimizer.param_groups[0]["lr"] = 0.1
+    values = {"a": 5, "b": 5}
+    parts: dict[str, object] = {"optimizer": optimizer, "values": values}
+    resumed(tmp_path, parts, only=["optimizer/param_groups", "values/a"])
+    assert optimizer.param_groups[0]["lr"] == 0.5 and values == {"a": 1, "b": 5}
+
+
+def test_a_scheduler_that_fits_is_the_same_without_strict(tmp_path: Path) -> None:
+    """Its Counter of milestones became a dict, with those of the live one."""
+
+    def schedule(milestones: list[int]) -> Any:
+        optimizer = torch.optim.SGD(Net().parameters(), lr=0.5)
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+
+    first, second = schedule([30, 80]), schedule([30, 50, 80])
+    saved(tmp_path, schedule=first)
+    resumed(tmp_path, {"schedule": second}, strict=False)
+    assert_same(second.state_dict(), first.state_dict())
+
+
+class Extra(nn.Module):
+    def __init__(self, extra: Any) -> None:
+        super().__init__()
+        self.extra = extra
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    "live", [None, [torch.ones(3)], torch.ones(1), {"a": 1}], ids=["none", "list", "tensor", "dict"]
+)
+def test_the_extra_state_of_a_module_may_have_any_form(
+    tmp_path: Path, live: Any, strict: bool
+) -> None:
+    module = Extra([torch.ones(3), torch.arange(5.0)])
+    saved(tmp_path, model=module)
+    fresh = Extra(live)
+    resumed(tmp_path, {"model": fresh}, strict=strict)
+    assert_same(fresh.extra, module.extra)
+
+
+def test_tied_weights_that_are_converted_must_be_tied_in_the_snapshot(tmp_path: Path) -> None:
+    """The last of the two won."""
+
+    class Two(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.ones(3))
+            self.b = self.a if tied else nn.Parameter(torch.zeros(3))
+
+    saved(tmp_path, model=Two(tied=False))
+    live = Two(tied=True).bfloat16()
+    assert "tied" in refused(tmp_path, {"model": live}, convert=True)
+
+
+def test_an_optimizer_that_has_run_forgets_only_what_stays_live(tmp_path: Path) -> None:
+    net, other = Net(), Net(head=2)
+    first, second = trained(net), trained(other)
+    saved(tmp_path, model=net, optimizer=first)
+    resumed(tmp_path, {"model": other, "optimizer": second}, strict=False)
+    states = second.state_dict()["state"]
+    assert_same(states[0], first.state_dict()["state"][0])
+    assert states[2]["exp_avg"].shape == other.head.weight.shape
+
+
+def test_a_loader_that_is_not_taken_begins_its_epoch_anew(tmp_path: Path) -> None:
+    loader = pysnap.resumable(torch.utils.data.DataLoader(range(8), batch_size=2))  # type: ignore[arg-type]  # a range is a dataset
+    with pysnap.Snapshotter(tmp_path, loader=loader, value=[1]) as snapshotter:
+        for _ in snapshotter.epochs(1):
+            for _ in loader:
+                with snapshotter.step():
+                    pass
+                if snapshotter.progress.batch == 2:
+                    break
+            break
+        snapshotter.save().wait()
+    again = pysnap.resumable(torch.utils.data.DataLoader(range(8), batch_size=2))  # type: ignore[arg-type]  # a range is a dataset
+    with pysnap.Snapshotter(tmp_path, loader=again, value=[1]) as snapshotter:
+        snapshotter.resume(only=["value", "progress"])
+        assert (snapshotter.progress.step, snapshotter.progress.batch) == (2, 0)
+        assert sum(1 for _ in snapshotter.epochs(1) for _ in again) == 4
+
+
+def test_a_part_that_refuses_late_says_what_was_overwritten(tmp_path: Path) -> None:
+    class Late:
+        def state_dict(self) -> dict[str, int]:
+            return {"a": 1}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            raise pysnap.MismatchError("it does not fit")
+
+    saved(tmp_path, x=torch.ones(2), late=Late())
+    message = refused(tmp_path, {"x": torch.zeros(2), "late": Late()})
+    assert "it does not fit" in message and "x, late are overwritten" in message

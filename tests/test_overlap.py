@@ -3,6 +3,8 @@ state of one moment."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import subprocess
 import sys
 import threading
@@ -309,6 +311,195 @@ def test_save_copies_at_once(tmp_path: Path) -> None:
     clamp(program)
     program.snapshotter.close()
     assert_same(stored(tmp_path), expected)
+
+
+def data(program: Program) -> None:
+    """As averages of weights are put in place for a validation; torch does not count it."""
+    for parameter in program.net.parameters():
+        parameter.data.zero_()
+
+
+def test_weights_that_are_replaced_by_data_fail_the_snapshot(tmp_path: Path, disk: Disk) -> None:
+    program = Program(tmp_path, every=1)
+    take(program, disk)
+    data(program)
+    disk.release()
+    newest = program.snapshotter._committer.newest
+    assert newest is not None
+    with pytest.raises(pysnap.TornError, match=r"(model|optimizer)/"):
+        newest.wait(60)
+    with contextlib.suppress(pysnap.TornError):
+        program.snapshotter.close()
+    assert not list(tmp_path.glob("step-*"))
+
+
+def test_what_changes_behind_the_copy_does_not_matter(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYSNAP_HOST_MEMORY", "8MiB")
+    program = Program(tmp_path, every=1)
+    disk.hold()
+    with program.snapshotter.step():
+        program.train()
+    expected = program.state()
+    newest = program.snapshotter._committer.newest
+    assert newest is not None and newest.wait_staged(60)
+    clamp(program)
+    disk.release()
+    program.snapshotter.close()
+    assert_same(stored(tmp_path), expected)
+
+
+# Memory that goes away, optimizers of other kinds
+
+
+def test_tensors_that_are_given_other_memory_are_read_where_they_were(
+    tmp_path: Path, disk: Disk
+) -> None:
+    """The memory was given back while it was read: a crash."""
+    program = Program(tmp_path, every=1)
+    expected = take(program, disk)
+    for state in program.optimizer.state.values():
+        for value in state.values():
+            value.data = torch.empty(0)
+    disk.release()
+    program.snapshotter.close()
+    assert_same(stored(tmp_path), expected)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Around another optimizer, as libraries have them: no hooks of its own."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+    @property
+    def state(self) -> Any:
+        return self.inner.state
+
+    @property
+    def param_groups(self) -> Any:
+        return self.inner.param_groups
+
+    def state_dict(self) -> Any:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.inner.load_state_dict(state)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+
+def test_an_optimizer_without_hooks_is_copied_at_once(tmp_path: Path) -> None:
+    program = Program(tmp_path / "unused")
+    program.snapshotter.close()
+    wrapper = Wrapper(torch.optim.AdamW(program.net.parameters(), lr=0.1, fused=True))
+    program.optimizer = wrapper  # type: ignore[assignment]  # it is an Optimizer
+    program.train()
+    program.snapshotter = pysnap.Snapshotter(
+        tmp_path / "run", model=program.net, optimizer=wrapper, every=1
+    )
+    with program.snapshotter.step():
+        program.train()
+    expected = program.state()
+    program.train()
+    program.snapshotter.close()
+    assert_same(stored(tmp_path / "run"), expected)
+
+
+def test_any_state_of_an_optimizer_is_looked_through(tmp_path: Path) -> None:
+    program = Program(tmp_path, every=1)
+    program.optimizer.state["own"] = 1
+    with program.snapshotter.step():
+        program.train()
+    program.snapshotter.close()
+    assert pysnap.load(tmp_path)["optimizer"]["state"]["own"] == 1
+
+
+def test_an_array_that_shares_memory_with_a_weight_is_copied_at_once(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYSNAP_HOST_MEMORY", "24KiB")  # the array, and a part of the rest
+    program = Program(tmp_path / "unused")
+    program.snapshotter.close()
+    weight = program.net.linear.weight
+    array = weight.detach().numpy()
+    with pysnap.Snapshotter(
+        tmp_path / "run", weights={"w": array}, optimizer=program.optimizer, every=1
+    ) as snapshotter:
+        disk.hold()
+        with snapshotter.step():
+            program.train()
+        expected = array.copy()
+        program.snapshotter = snapshotter
+        releases_at_the_gate(program, disk)
+        program.train()
+    assert (pysnap.load(tmp_path / "run")["weights"]["w"] == expected).all()
+
+
+# Threads
+
+
+def test_a_snapshotter_that_another_thread_uses_while_the_main_one_waits(tmp_path: Path) -> None:
+    """The committing thread waited for the main thread, which waited for this one."""
+    program = Program(tmp_path, every=1)
+    states: list[Any] = []
+
+    def body() -> None:
+        with program.snapshotter.step():
+            program.train()
+        states.append(program.state())
+        clamp(program)
+        program.snapshotter.close()
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert_same(stored(tmp_path), states[0])
+
+
+def test_a_wait_ends_at_its_deadline(tmp_path: Path, disk: Disk) -> None:
+    program = Program(tmp_path, every=1)
+    take(program, disk)
+    newest = program.snapshotter._committer.newest
+    assert newest is not None
+    with pytest.raises(TimeoutError):
+        newest.wait(0.01)
+    disk.release()
+    program.snapshotter.close()
+
+
+def test_a_snapshotter_that_its_own_commit_collects_still_commits(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Capture.write
+
+    def collecting(self: Capture, *args: Any, **options: Any) -> Any:
+        gc.collect()
+        return write(self, *args, **options)
+
+    monkeypatch.setattr(Capture, "write", collecting)
+    program = Program(tmp_path, every=1)
+    cycle: list[Any] = [program.snapshotter]
+    cycle.append(cycle)
+    gc.disable()
+    try:
+        disk.hold()
+        with program.snapshotter.step():
+            program.train()
+        threads = program.snapshotter._committer._threads
+        del cycle, program.snapshotter
+        disk.release()
+        # Not blocked for long: the committing thread waits for a look of this one.
+        while any(thread.name.startswith("pysnap-") for thread in threading.enumerate()):
+            threads[0].join(0.01)
+    finally:
+        gc.enable()
+    assert pysnap.load(tmp_path)["progress"]["step"] == 1
 
 
 # Durable without another step

@@ -708,3 +708,25 @@ def test_leftovers_of_a_killed_writer_are_invisible_and_collected(tmp_path: Path
     assert pysnap.load(tmp_path)["values"] == {"a": 1}
     pysnap.Snapshotter(tmp_path, values={"a": 1}).close()
     assert not list(tmp_path.glob(".partial-*")) and not list(tmp_path.glob(".trash-*"))
+
+
+def test_a_save_inside_a_snapshot_that_is_being_taken_does_not_wait_for_itself(
+    tmp_path: Path,
+) -> None:
+    """As in the handler of a signal that comes during the copy."""
+
+    class Saves:
+        def state_dict(self) -> dict[str, int]:
+            if armed:
+                armed.clear()
+                with pytest.raises(pysnap.Error, match="signal handler"):
+                    snapshotter.save()
+            return {}
+
+        def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+    armed: list[bool] = []
+    with pysnap.Snapshotter(tmp_path, saves=Saves()) as snapshotter:
+        armed.append(True)
+        snapshotter.save().wait()
+        assert not armed

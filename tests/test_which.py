@@ -81,7 +81,7 @@ def test_where_no_snapshot_fits_the_message_says_what_there_is(tmp_path: Path) -
         resumed(tmp_path, step=9)
     with pytest.raises(pysnap.NotFoundError, match="tag bad"):
         resumed(tmp_path, tag="bad")
-    with pytest.raises(pysnap.NotFoundError, match="is no snapshot"):
+    with pytest.raises(pysnap.NotFoundError, match="step-000000009 is no"):
         resumed(tmp_path, tmp_path / "step-000000009")
 
 
@@ -353,3 +353,97 @@ def test_steps_over_a_loader_without_batches_are_refused(tmp_path: Path) -> None
         pytest.raises(pysnap.ConfigError, match="no batch"),
     ):
         list(snapshotter.steps(3, []))
+
+
+# What a reading found
+
+
+def test_an_infinite_metric_does_not_fail_the_snapshots_that_follow(tmp_path: Path) -> None:
+    with pysnap.Snapshotter(tmp_path, best="min loss", value=[1]) as snapshotter:
+        assert snapshotter.report(loss=math.inf)
+        with snapshotter.step():
+            pass
+        snapshotter.save().wait()
+    assert snapshotter.stats().failed == 0
+
+
+def test_the_record_of_another_metric_says_nothing(tmp_path: Path) -> None:
+    with pysnap.Snapshotter(tmp_path, best="min loss", value=[1]) as snapshotter:
+        assert snapshotter.report(loss=2.3)
+    with pysnap.Snapshotter(tmp_path, best="max accuracy", value=[1]) as snapshotter:
+        snapshotter.resume()
+        assert snapshotter.report(accuracy=0.5) and not snapshotter.report(accuracy=0.4)
+
+
+def test_going_back_does_not_cost_the_best_snapshot(tmp_path: Path) -> None:
+    keep = pysnap.Keep(last=None, best=1)
+    with pysnap.Snapshotter(tmp_path, keep=keep, best="min loss", value=[1]) as snapshotter:
+        for loss in (0.9, 0.1):
+            with snapshotter.step():
+                pass
+            snapshotter.report(loss=loss)
+    with pysnap.Snapshotter(tmp_path, keep=keep, best="min loss", value=[1]) as snapshotter:
+        snapshotter.resume(step=1)
+        with snapshotter.step():
+            pass
+        snapshotter.save().wait()
+    names = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert names == ["step-000000001", "step-000000002", "step-000000002.1"]
+    assert resumed_step(tmp_path) == 2
+
+
+def resumed_step(path: Path) -> int:
+    with pysnap.Snapshotter(path, best="min loss", value=[1]) as snapshotter:
+        snapshot = snapshotter.resume("best")
+        assert snapshot is not None and snapshot.metrics == {"loss": 0.1}
+        return snapshotter.progress.step
+
+
+def test_a_snapshot_that_was_copied_in_does_not_cost_the_newest(tmp_path: Path) -> None:
+    with pysnap.Snapshotter(tmp_path / "a", value=[1]) as snapshotter:
+        for _ in range(9):
+            snapshotter.save().wait()
+    copied = next((tmp_path / "a").glob("step-*"))
+    with pysnap.Snapshotter(tmp_path / "b", keep=pysnap.Keep(last=1), value=[2]) as snapshotter:
+        snapshotter.save().wait()
+        copied.rename(tmp_path / "b" / "step-000000900")
+        for step in (1, 2):
+            snapshotter.progress.step = step
+            info = snapshotter.save().wait()
+            assert info.path.exists()
+    assert pysnap.load(tmp_path / "b")["value"] == [2]
+
+
+def test_a_snapshot_that_cannot_be_removed_does_not_keep_the_others(tmp_path: Path) -> None:
+    with pysnap.Snapshotter(tmp_path, keep=pysnap.Keep(last=1), value=[1]) as snapshotter:
+        snapshotter.save().wait()
+        (tmp_path / "step-000000000" / "folder").mkdir()
+        for step in (1, 2, 3):
+            snapshotter.progress.step = step
+            snapshotter.save().wait()
+    assert [path.name[-1] for path in tmp_path.glob("step-*")] == ["3"]
+
+
+def test_a_repository_as_path_is_its_newest_snapshot(tmp_path: Path) -> None:
+    take(tmp_path / "a", 2)
+    assert resumed(tmp_path / "b", tmp_path / "a") == 2
+    with pytest.raises(pysnap.ConfigError, match="step=1200"):
+        resumed(tmp_path / "b", 1200)
+
+
+def test_a_step_whose_snapshot_has_a_damaged_manifest_is_damaged_not_absent(
+    tmp_path: Path,
+) -> None:
+    paths = take(tmp_path, 2)
+    flip(paths[0] / "manifest.json", 50)
+    with pytest.raises(pysnap.CorruptError, match="step-000000001"):
+        resumed(tmp_path, step=1)
+
+
+def test_notes_that_are_a_directory_leave_no_file_open(tmp_path: Path) -> None:
+    path = take(tmp_path, 1)[0]
+    (path / "notes.json").mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(pysnap.StorageError, match="regular file"):
+        Notes.read(path)
+    assert len(os.listdir("/proc/self/fd")) == before

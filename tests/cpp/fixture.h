@@ -112,8 +112,8 @@ inline std::shared_ptr<const pysnap::Zstd> zstd() {
   return library;
 }
 
-// "invalid", "io", "device", "corrupt" or "closed": the kind of the Error that call() throws;
-// "nothing" where it throws none.
+// "invalid", "io", "device", "torn", "corrupt" or "closed": the kind of the Error that call()
+// throws; "nothing" where it throws none.
 template <typename Call>
 std::string thrown_by(Call call) {
   try {
@@ -126,6 +126,8 @@ std::string thrown_by(Call call) {
         return "io";
       case pysnap::ErrorKind::kDevice:
         return "device";
+      case pysnap::ErrorKind::kTorn:
+        return "torn";
       case pysnap::ErrorKind::kCorrupt:
         return "corrupt";
       case pysnap::ErrorKind::kClosed:
