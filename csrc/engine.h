@@ -140,8 +140,8 @@ class Job {
   std::vector<std::uint64_t> extent_starts_;  // offsets in the stream
   std::vector<std::uint64_t> chunk_starts_;
   Devices devices_;
-  // Set by begin. Not std::enable_shared_from_this: the module would then use this owner and not its
-  // own, which aborts a job that Python drops.
+  // Set by begin. Not std::enable_shared_from_this: the module would then use this owner and not
+  // its own, which aborts a job that Python drops.
   std::weak_ptr<Job> self_;
 
   // Guarded by engine_.mutex_.

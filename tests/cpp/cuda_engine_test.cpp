@@ -289,7 +289,7 @@ TEST(slots_of_a_job_that_was_given_up_are_not_reused_during_its_copies) {
   check_that_slots_are_not_reused(*engine, 6, directory / "0.pack");
 }
 
-// Of each chunk, one device copies its part, and the other refuses.
+// Of the second chunk, one device copies its part, and the other refuses.
 TEST(slots_of_a_job_that_failed_are_not_reused_during_its_copies) {
   const HealthyDriver driver;
   const TemporaryDirectory directory;
@@ -300,8 +300,8 @@ TEST(slots_of_a_job_that_failed_are_not_reused_during_its_copies) {
   const std::shared_ptr<Engine> engine = Engine::create(options);
   const DeviceState state({kChunk, kChunk / 2, kChunk / 2}, {0, 0, 1});
   const std::shared_ptr<Job> failed = begin(*engine, state, 1);
+  fake().fail_call("cuMemcpyDtoHAsync_v2", 3, 2);
   CHECK(failed->capture(state.streams(), nullptr));
-  fake().fail_call("cuMemcpyDtoHAsync_v2", 2, 2);
   CHECK(failed->gate(state.streams(), nullptr));
   CHECK_EQ(thrown_by([&] { failed->wait_written(kForever); }), "device");
   failed->abort();
