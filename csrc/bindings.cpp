@@ -139,7 +139,6 @@ std::shared_ptr<const Zstd> open_zstd(const std::vector<std::string>& names) {
 }
 
 // A job that Python forgets (an exception between two bytecodes) must not stay in flight for ever.
-// Not a shared pointer to the Job: pybind11 would take the one that the Job has of itself.
 class OwnedJob {
  public:
   explicit OwnedJob(std::shared_ptr<Job> job) : job_(std::move(job)) {}

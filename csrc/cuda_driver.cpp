@@ -70,9 +70,9 @@ std::string CudaDriver::describe(CudaResult result) const {
   return std::string(words) + " (error " + std::to_string(result) + ")";
 }
 
-void CudaDriver::check(CudaResult result, const std::string& doing) const {
+void CudaDriver::check(CudaResult result, const char* doing) const {
   if (result != kCudaSuccess)
-    throw Error(ErrorKind::kDevice, doing + " failed: " + describe(result));
+    throw Error(ErrorKind::kDevice, std::string(doing) + " failed: " + describe(result));
 }
 
 std::optional<std::string> cuda_unavailable() {

@@ -41,7 +41,7 @@ class CudaDriver {
   int device_count() const { return device_count_; }
 
   // Throws Error(kDevice), "<doing> failed: <the driver's words>", unless `result` is success.
-  void check(CudaResult result, const std::string& doing) const;
+  void check(CudaResult result, const char* doing) const;
 
   CudaResult (*cuInit)(unsigned) = nullptr;
   CudaResult (*cuGetErrorString)(CudaResult, const char**) = nullptr;

@@ -185,7 +185,7 @@ void Job::copy_next(Slot slot) {
   if (flight && !flight->fences.empty()) {
     // Of a failed job, too: its slot may be used again only when the devices are done with it.
     ++landing_;
-    engine_.landing_.push_back({shared_from_this(), chunk, std::move(*flight)});
+    engine_.landing_.push_back({self_.lock(), chunk, std::move(*flight)});
     engine_.landed_.notify_one();
   } else if (!failure_) {
     staged_.push_back({chunk, std::move(flight->slot)});
@@ -421,6 +421,7 @@ std::shared_ptr<Job> Engine::begin(std::vector<Extent> extents, std::vector<Span
   check_process();
   std::shared_ptr<Job> job =
       owned_by_process(new Job(*this, std::move(extents), std::move(spans), eager));
+  job->self_ = job;
   std::lock_guard<std::mutex> lock(mutex_);
   if (closing_) throw Error(ErrorKind::kClosed, "the engine is closed");
   if (active_ != nullptr) throw Error(ErrorKind::kInvalid, "another snapshot is in flight");

@@ -81,7 +81,7 @@ class Engine;
 // them. So the caller may queue work that changes a tensor then, but must neither free the tensor,
 // nor change it by the CPU or on another stream, before wait_staged(). `streams` names the caller's
 // current stream of every device that an extent is on; a job whose device is not named fails.
-class Job : public std::enable_shared_from_this<Job> {
+class Job {
  public:
   // Copies the eager chunks; returns when their bytes on the host have been read, and the copies of
   // those on devices are queued and ordered, or the job has failed. The lazy ones are then copied
@@ -145,6 +145,9 @@ class Job : public std::enable_shared_from_this<Job> {
   std::vector<std::uint64_t> extent_starts_;  // offsets in the stream
   std::vector<std::uint64_t> chunk_starts_;
   Devices devices_;
+  // Set by begin. Not std::enable_shared_from_this: the module would then use this owner and not
+  // its own, which aborts a job that Python drops.
+  std::weak_ptr<Job> self_;
 
   // Written by capture() before lazy chunks may be copied.
   std::vector<Digest> samples_;

@@ -77,6 +77,23 @@ bool takes_a_host_snapshot(Engine& engine, const std::string& path, std::size_t 
   return read_back(path, pack.get()) == state.stream();
 }
 
+// The given-up job's copies into `slots` slots, all there are, have not begun. Its successor has
+// its bytes on the host, where a copy that comes late would overwrite them.
+void check_that_slots_are_not_reused(Engine& engine, std::size_t slots, const std::string& path) {
+  const DeviceState state(std::vector<std::size_t>(slots, kChunk), {kHost});
+  const std::shared_ptr<Job> job = begin(engine, state);
+  int polls = 0;
+  CHECK(job->capture({}, [&] {
+    if (++polls == 2) fake().release();
+    return false;
+  }));
+  CHECK(polls >= 2);
+  fake().release();
+  fake().finish();
+  std::future<WrittenPack> written = write_pack_beside(*job, path);
+  CHECK(read_back(path, written.get()) == state.stream());
+}
+
 }  // namespace
 
 TEST(what_is_restored_is_what_was_captured) {
@@ -157,7 +174,7 @@ TEST(a_capture_comes_after_what_was_queued_before) {
   const TemporaryDirectory directory;
   fake().set_late(FakeCuda::kKernels);
   for (const std::size_t eager : {0U, 1000U}) {
-    fake().hold();
+    fake().hold(-1);
     const std::shared_ptr<Engine> engine = Engine::create(small_engine());
     DeviceState state(mixed_sizes(), {0, 1});
     state.fill(7);
@@ -176,7 +193,7 @@ TEST(what_is_queued_after_capture_comes_after_the_eager_copies) {
   const HealthyDriver driver;
   const TemporaryDirectory directory;
   fake().set_late(FakeCuda::kCopies);
-  fake().hold();
+  fake().hold(-1);
   const std::shared_ptr<Engine> engine = Engine::create(small_engine());
   DeviceState state(mixed_sizes(), {0, 1});
   const std::shared_ptr<Job> job = begin(*engine, state);
@@ -192,7 +209,7 @@ TEST(what_is_queued_after_the_gate_comes_after_all_copies) {
   const HealthyDriver driver;
   const TemporaryDirectory directory;
   fake().set_late(FakeCuda::kCopies);
-  fake().hold();
+  fake().hold(-1);
   const std::shared_ptr<Engine> engine = Engine::create(small_engine());
   DeviceState state(mixed_sizes(), {0, 1});
   const std::shared_ptr<Job> job = begin(*engine, state, 0);
@@ -220,7 +237,7 @@ TEST(staged_means_that_the_bytes_are_in_host_memory) {
   const HealthyDriver driver;
   const TemporaryDirectory directory;
   fake().set_late(FakeCuda::kCopies);
-  fake().hold();
+  fake().hold(-1);
   const std::shared_ptr<Engine> engine = Engine::create(small_engine());
   DeviceState state(mixed_sizes(), kEverywhere);
   const std::shared_ptr<Job> job = begin(*engine, state);
@@ -256,13 +273,11 @@ TEST(nothing_is_read_after_the_job_has_ended) {
   }
 }
 
-// All slots are in use by copies that have not begun; the next job has its bytes on the host, where
-// a copy that comes late would overwrite them.
 TEST(slots_of_a_job_that_was_given_up_are_not_reused_during_its_copies) {
   const HealthyDriver driver;
   const TemporaryDirectory directory;
   fake().set_late(FakeCuda::kCopies);
-  fake().hold();
+  fake().hold(-1);
   EngineOptions options = small_engine(6);
   options.device_timeout = kSoon;
   const std::shared_ptr<Engine> engine = Engine::create(options);
@@ -271,18 +286,43 @@ TEST(slots_of_a_job_that_was_given_up_are_not_reused_during_its_copies) {
   CHECK(given_up->capture(state.streams(), nullptr));
   given_up->abort();
   CHECK(!given_up->wait_staged(kAtOnce));
+  check_that_slots_are_not_reused(*engine, 6, directory / "0.pack");
+}
 
-  const DeviceState next(std::vector<std::size_t>(6, kChunk), {kHost});
-  const std::shared_ptr<Job> job = begin(*engine, next);
-  int polls = 0;
-  CHECK(job->capture({}, [&] {
-    if (++polls == 2) fake().release();
-    return false;
-  }));
-  CHECK_EQ(polls, 2);
-  fake().finish();
-  std::future<WrittenPack> written = write_pack_beside(*job, directory / "0.pack");
-  CHECK(read_back(directory / "0.pack", written.get()) == next.stream());
+// Of the second chunk, one device copies its part, and the other refuses.
+TEST(slots_of_a_job_that_failed_are_not_reused_during_its_copies) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold(-1);
+  EngineOptions options = small_engine(2);
+  options.device_timeout = kSoon;
+  const std::shared_ptr<Engine> engine = Engine::create(options);
+  const DeviceState state({kChunk, kChunk / 2, kChunk / 2}, {0, 0, 1});
+  const std::shared_ptr<Job> failed = begin(*engine, state, 1);
+  fake().fail_call("cuMemcpyDtoHAsync_v2", 3, 2);
+  CHECK(failed->capture(state.streams(), nullptr));
+  CHECK(failed->gate(state.streams(), nullptr));
+  CHECK_EQ(thrown_by([&] { failed->wait_written(kForever); }), "device");
+  failed->abort();
+  check_that_slots_are_not_reused(*engine, 2, directory / "0.pack");
+}
+
+TEST(a_chunk_is_staged_when_all_its_devices_have_copied) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  fake().set_late(FakeCuda::kCopies);
+  for (const DeviceIndex late : {0, 1}) {
+    const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+    const DeviceState state({kChunk / 2, kChunk / 2}, {0, 1});
+    const std::shared_ptr<Job> job = begin(*engine, state);
+    fake().hold(late);
+    CHECK(job->capture(state.streams(), nullptr));
+    CHECK(!job->wait_staged(kSoon));
+    fake().release();
+    CHECK(job->wait_staged(kForever));
+    job->abort();
+  }
 }
 
 TEST(a_wait_for_slots_that_devices_fill_can_be_interrupted) {
@@ -290,7 +330,7 @@ TEST(a_wait_for_slots_that_devices_fill_can_be_interrupted) {
   const TemporaryDirectory directory;
   fake().set_late(FakeCuda::kCopies);
   for (const std::size_t eager : {0U, 1000U}) {
-    fake().hold();
+    fake().hold(-1);
     EngineOptions options = small_engine(4);
     options.device_timeout = kSoon;
     const std::shared_ptr<Engine> engine = Engine::create(options);
@@ -408,24 +448,61 @@ TEST(a_call_that_is_refused_never_makes_a_wrong_snapshot) {
   }
 }
 
-// A capture that blocks inside the driver, as for memory that is not pinned, is waited for.
+// The last calls of the driver have succeeded when the device is lost: only a fence can tell.
+TEST(a_device_that_is_lost_during_the_last_copy_fails_the_job) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold(-1);
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  const DeviceState state({kChunk, kChunk}, {0});
+  const std::shared_ptr<Job> job = begin(*engine, state);
+  std::future<WrittenPack> written = write_pack_beside(*job, directory / "0.pack");
+  CHECK(job->capture(state.streams(), nullptr));
+  CHECK(job->gate(state.streams(), nullptr));
+  fake().fail_copy(2);
+  fake().release();
+  CHECK_EQ(thrown_by([&] { written.get(); }), "device");
+}
+
+// A capture that blocks inside the driver, as for memory that is not pinned, is waited for; whether
+// the caller or a helper copies is chance.
 TEST(close_waits_for_the_chunk_that_the_caller_copies) {
+  for (int round = 0; round < 10; ++round) {
+    const HealthyDriver driver;
+    fake().set_late(FakeCuda::kCopies);
+    fake().hold(-1);
+    fake().fail_call("cuMemHostRegister_v2", 1, 2);
+    const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+    engine->reserve(1, {0});
+    engine->wait_reserved();
+    const DeviceState state({1000}, {0});
+    const std::shared_ptr<Job> job = begin(*engine, state);
+    std::future<bool> captured =
+        std::async(std::launch::async, [&] { return job->capture(state.streams(), nullptr); });
+    while (fake().pageable_copies() == 0) std::this_thread::yield();
+    std::future<void> closed = std::async(std::launch::async, [&] { engine->close(); });
+    CHECK(closed.wait_for(kSoon) == std::future_status::timeout);
+    fake().release();
+    closed.get();
+    CHECK(captured.get());
+    CHECK(job->wait_staged(std::chrono::seconds(1)));
+  }
+}
+
+TEST(close_waits_for_the_devices) {
   const HealthyDriver driver;
   fake().set_late(FakeCuda::kCopies);
-  fake().hold();
-  fake().fail_call("cuMemHostRegister_v2", 1, 2);
+  fake().hold(-1);
   const std::shared_ptr<Engine> engine = Engine::create(small_engine());
-  const DeviceState state(mixed_sizes(), {0});
+  DeviceState state(mixed_sizes(), {0, 1});
   const std::shared_ptr<Job> job = begin(*engine, state);
-  std::future<bool> captured =
-      std::async(std::launch::async, [&] { return job->capture(state.streams(), nullptr); });
-  while (fake().pageable_copies() == 0) std::this_thread::yield();
+  CHECK(job->capture(state.streams(), nullptr));
   std::future<void> closed = std::async(std::launch::async, [&] { engine->close(); });
-  CHECK(closed.wait_for(kSoon) == std::future_status::timeout);
+  CHECK(closed.wait_for(4 * pysnap::kPoll) == std::future_status::timeout);
   fake().release();
   closed.get();
-  CHECK(captured.get());
-  CHECK(job->wait_staged(std::chrono::seconds(1)));
+  state.free();
 }
 
 TEST(an_engine_may_go_while_devices_copy) {

@@ -31,7 +31,7 @@ class HangingDevice {
  public:
   HangingDevice() {
     fake().set_late(FakeCuda::kCopies);
-    fake().hold();
+    fake().hold(-1);
   }
   ~HangingDevice() {
     CHECK(fake().registered() > 0);

@@ -137,6 +137,30 @@ TEST(a_device_that_is_lost_is_an_error) {
   }
 }
 
+// One device copies its part of a chunk when the other refuses.
+TEST(a_refusal_waits_for_the_copies_under_way) {
+  const HealthyDriver driver;
+  const Snapshot snapshot({0, 1});
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold(0);
+  fake().fail_call("cuMemcpyHtoDAsync_v2", 2, 2);
+  std::future<std::string> outcome =
+      std::async(std::launch::async, [&] { return thrown_by([&] { snapshot.restore(1); }); });
+  CHECK(outcome.wait_for(std::chrono::milliseconds(300)) == std::future_status::timeout);
+  fake().release();
+  CHECK_EQ(outcome.get(), "device");
+}
+
+// All calls of the driver have succeeded then: only a fence can tell.
+TEST(a_device_that_is_lost_during_the_last_copy_is_an_error) {
+  const HealthyDriver driver;
+  const Snapshot snapshot({0});
+  CHECK(snapshot.restore());
+  fake().set_late(FakeCuda::kCopies);
+  fake().fail_copy(fake().calls("cuMemcpyHtoDAsync_v2"));
+  CHECK_EQ(thrown_by([&] { snapshot.restore(); }), "device");
+}
+
 TEST(a_call_that_is_refused_never_makes_a_wrong_restore) {
   for (const char* function :
        {"cuInit", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2", "cuStreamCreate",
@@ -163,13 +187,13 @@ TEST(a_wait_for_a_device_can_be_interrupted) {
   const HealthyDriver driver;
   const Snapshot snapshot({0, 1});
   fake().set_late(FakeCuda::kCopies);
-  fake().hold();
+  fake().hold(-1);
   std::atomic<int> polls{0};
   std::future<bool> restored = std::async(
-      std::launch::async, [&] { return snapshot.restore(2, [&] { return ++polls == 5; }); });
+      std::launch::async, [&] { return snapshot.restore(2, [&] { return ++polls == 3; }); });
   // It is interrupted soon, but the buffers are in use until the copies have ended.
   CHECK(restored.wait_for(std::chrono::seconds(1)) == std::future_status::timeout);
-  CHECK_EQ(polls.load(), 5);
+  CHECK_EQ(polls.load(), 3);
   fake().release();
   CHECK(!restored.get());
 }

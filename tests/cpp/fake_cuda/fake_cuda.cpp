@@ -88,7 +88,7 @@ struct State {
   bool lost[kDevices] = {false, false};
   int device_count = kDevices;
   FakeCuda::Late late = FakeCuda::kNothing;
-  bool held = false;
+  bool held[kDevices] = {false, false};
   std::chrono::steady_clock::time_point last_queued;
   std::map<std::string, unsigned> calls;
   std::map<std::string, std::pair<unsigned, CudaResult>> failures;
@@ -165,7 +165,7 @@ CUstream_st* choose(bool late) {
     if (stream->queue.empty()) continue;
     const Operation& next = stream->queue.front();
     if (next.kind == Operation::kWait && next.mark != nullptr && !next.mark->done) continue;
-    if (late || !is_late(next)) return stream.get();
+    if (!is_late(next) || (late && !state().held[stream->device])) return stream.get();
   }
   return nullptr;
 }
@@ -187,7 +187,7 @@ void run_devices() {
   std::unique_lock<std::mutex> lock(s.mutex);
   for (;;) {
     CUstream_st* stream = choose(false);
-    if (stream == nullptr && !s.held && std::chrono::steady_clock::now() - s.last_queued >= kQuiet)
+    if (stream == nullptr && std::chrono::steady_clock::now() - s.last_queued >= kQuiet)
       stream = choose(true);
     if (stream == nullptr) {
       s.changed.wait_for(lock, kQuiet);
@@ -542,7 +542,7 @@ void reset() {
   {
     const Lock lock(s.mutex);
     s.late = FakeCuda::kNothing;
-    s.held = false;
+    std::fill_n(s.held, kDevices, false);
   }
   finish();
   const Lock lock(s.mutex);
@@ -607,9 +607,14 @@ void set_late(FakeCuda::Late late) {
   state().late = late;
 }
 
-void set_held(bool held) {
+void hold(int device) {
   const Lock lock(state().mutex);
-  state().held = held;
+  for (int i = 0; i < kDevices; ++i) state().held[i] = state().held[i] || device < 0 || device == i;
+}
+
+void release() {
+  const Lock lock(state().mutex);
+  std::fill_n(state().held, kDevices, false);
   state().changed.notify_all();
 }
 
@@ -671,24 +676,10 @@ const char* leaks() {
 }  // namespace
 
 EXPORTED const FakeCuda* fake_cuda() {
-  static const FakeCuda controls{reset,
-                                 allocate,
-                                 free_memory,
-                                 poke,
-                                 peek,
-                                 make_stream,
-                                 fill,
-                                 set_late,
-                                 [] { set_held(true); },
-                                 [] { set_held(false); },
-                                 finish,
-                                 fail_call,
-                                 fail_copy,
-                                 set_device_count,
-                                 calls,
-                                 pageable_copies,
-                                 registered,
-                                 violation,
-                                 leaks};
+  static const FakeCuda controls{reset,      allocate,         free_memory, poke,
+                                 peek,       make_stream,      fill,        set_late,
+                                 hold,       release,          finish,      fail_call,
+                                 fail_copy,  set_device_count, calls,       pageable_copies,
+                                 registered, violation,        leaks};
   return &controls;
 }

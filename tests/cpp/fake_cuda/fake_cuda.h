@@ -33,8 +33,8 @@ struct FakeCuda {
                std::size_t size);
 
   void (*set_late)(Late late);
-  // What is late does not run at all before release(): a device that hangs.
-  void (*hold)();
+  // What is late does not run at all before release(), on this device, or on all (-1): it hangs.
+  void (*hold)(int device);
   void (*release)();
   // Waits until nothing more is queued.
   void (*finish)();
