@@ -64,6 +64,7 @@ class Stager:
             adaptive=config.codec == "auto",
         )
         self._planner = Planner(config.chunk_size)
+        self._told: str | None = None  # why copies from devices are slow
 
     def prepare(self, state: object, *, lazy: Collection[int], growth: int) -> None:
         """Plan the capture of `state`, and have staging memory for it and `growth` more bytes made
@@ -83,6 +84,8 @@ class Stager:
         addresses `lazy` may be copied after `Capture.copy` returns, until `Capture.gate`. Raises
         StateError for what cannot be stored."""
         encoded, plan, leaves = self._plan(state, lazy)
+        if plan.devices - {HOST}:
+            self._tell_pageable()
         eager = plan.eager if overlap else len(plan.spans)
         job = self._engine.begin(plan.extents, plan.spans, eager)
         guarded = [
@@ -91,6 +94,12 @@ class Stager:
             if isinstance(leaf, torch.Tensor) and leaf.data_ptr() in lazy
         ]
         return Capture(encoded, plan, job, self._chunk_size, _Guard(guarded))
+
+    def _tell_pageable(self) -> None:
+        why = self._engine.why_pageable()
+        if why is not None and why != self._told:
+            self._told = why
+            _log.warning("copies from CUDA devices are slow, and the step waits for them: %s", why)
 
     def close(self) -> None:
         """Abort what is in flight and join the threads; safe to repeat."""
