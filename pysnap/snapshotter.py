@@ -32,6 +32,7 @@ from pysnap.errors import (
     StorageError,
     TornError,
 )
+from pysnap.gate import Gate
 from pysnap.manifest import plain_json
 from pysnap.match import Terms, load_parts
 from pysnap.notes import Notes, tagged
@@ -123,12 +124,12 @@ class Snapshotter:
         self._owner = os.getpid()
         self.progress = Progress()
         self._stager = Stager(settings)
-        self._gated = _Gated(self, settings.overlap)
+        self._gate = Gate(self._parts.values() if settings.overlap else (), _waiter(self))
         try:
-            self._stager.prepare(self._state(), lazy=self._gated.addresses(), growth=self._growth())
+            self._stager.prepare(self._state(), lazy=self._gate.addresses(), growth=self._growth())
             self._repository = Repository(Path(path))
         except BaseException:
-            self._gated.close()
+            self._gate.close()
             self._stager.close()
             raise
         self._committer = Committer(self._repository, keep or Keep(), self._best, on_durable)
@@ -138,7 +139,7 @@ class Snapshotter:
             self,
             _release,
             self._committer,
-            self._gated,
+            self._gate,
             self._stager,
             self._repository,
             self._owner,
@@ -432,19 +433,19 @@ class Snapshotter:
     def _take(self, notes: Notes | None = None, *, overlap: bool = False) -> Handle:
         previous = self._committer.newest
         if previous is not None and isinstance(previous.error, TornError):
-            self._gated.give_up()
+            self._gate.give_up()
         handle = Handle(self.progress.step)
         self._last_start = time.monotonic()
         self._pending = False
 
         def begin() -> Capture:
-            lazy = self._gated.addresses()
+            lazy = self._gate.addresses()
             return self._stager.begin(self._state(), lazy=lazy, overlap=overlap)
 
         self._committer.take(handle, begin, self._describe(), notes or Notes())
         return handle
 
-    def _gate(self) -> None:
+    def _wait_at_gate(self) -> None:
         """An optimizer is about to change what may still have to be copied."""
         newest = self._committer.newest
         # A forked child has copies of the tensors.
@@ -501,76 +502,11 @@ class Snapshotter:
             )
 
 
-class _Gated:
-    """The tensors that nothing but a registered optimizer's step changes, so that they may be
-    copied until then, and the hooks before that step."""
-
-    def __init__(self, snapshotter: Snapshotter, wanted: bool) -> None:
-        """No tensor is one where `wanted` is false."""
-        self._optimizers = [
-            part
-            for part in (snapshotter._parts.values() if wanted else ())
-            if isinstance(part, torch.optim.Optimizer) and _calls_hooks(part)
-        ]
-        # Weak, as in _Step.
-        owner = weakref.ref(snapshotter)
-
-        def gate(*_: object) -> None:
-            snapshotter = owner()
-            if snapshotter is not None:
-                snapshotter._gate()
-
-        self._hooks = [optimizer.register_step_pre_hook(gate) for optimizer in self._optimizers]
-
-    def addresses(self) -> set[int]:
-        """Where the parameters and the state of the optimizers are."""
-        # Only there it can be found out whether one changed too early (see capture._Guard).
-        if threading.current_thread() is not threading.main_thread():
-            return set()
-        values: list[object] = []
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                values += group["params"]
-            for state in optimizer.state.values():
-                values += state.values() if isinstance(state, dict) else [state]
-        return {
-            value.data_ptr()
-            for value in values
-            # Of other kinds, changes are not counted, or there is no one address.
-            if isinstance(value, torch.Tensor)
-            and type(value) in (torch.Tensor, torch.nn.Parameter)
-            and value.layout is torch.strided
-            and not value.is_inference()
-        } - {0}
-
-    def give_up(self) -> None:
-        """Something else changes them, too: they are copied at once from now on."""
-        if self._optimizers:
-            _log.warning("overlap is off from now on: something changed tensors too early")
-        self.close()
-
-    def close(self) -> None:
-        """Remove the hooks; safe to repeat."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._optimizers = [], []
-
-
-def _calls_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the hooks are called before a step; a wrapper around an optimizer may lack them."""
-    calls = getattr(type(optimizer).step, "hooked", False)
-    calls = bool(calls) and hasattr(optimizer, "_optimizer_step_pre_hooks")
-    if not calls:
-        name = type(optimizer).__qualname__
-        _log.info("%s calls no hooks before its steps: what it changes is copied at once", name)
-    return calls
-
-
 class _Step:
     """See `Snapshotter.step`. One object serves every step."""
 
     def __init__(self, snapshotter: Snapshotter) -> None:
-        # Weak: in a cycle, a Snapshotter that is dropped would keep its writer lock.
+        # Weak, as in _waiter.
         self._snapshotter = weakref.ref(snapshotter)
         self.samples = 0
 
@@ -592,6 +528,18 @@ class _Step:
             snapshotter._mid_step = True
 
 
+def _waiter(snapshotter: Snapshotter) -> Callable[[], None]:
+    # Weak: in a cycle, a Snapshotter that is dropped would keep its writer lock.
+    owner = weakref.ref(snapshotter)
+
+    def wait() -> None:
+        alive = owner()
+        if alive is not None:
+            alive._wait_at_gate()
+
+    return wait
+
+
 def _rule(which: str | os.PathLike[str], step: int | None, tag: str | None) -> Which:
     """The one rule that the arguments of `resume` name."""
     if (which != "newest") + (step is not None) + (tag is not None) > 1:
@@ -609,9 +557,9 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _release(
-    committer: Committer, gated: _Gated, stager: Stager, repository: Repository, owner: int
+    committer: Committer, gate: Gate, stager: Stager, repository: Repository, owner: int
 ) -> None:
-    gated.close()
+    gate.close()
     # In a forked child the engine's threads do not exist and the lock is closed already.
     if os.getpid() != owner:
         return

@@ -23,6 +23,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "loader": set(),
         "manifest": set(),
         "notes": {"storage"},
+        "gate": set(),
         "progress": set(),
         "provenance": set(),
     },

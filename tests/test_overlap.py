@@ -128,14 +128,14 @@ def take(program: Program, disk: Disk) -> dict[str, Any]:
 def releases_at_the_gate(program: Program, disk: Disk) -> list[str]:
     """Lets the disk write as soon as the training thread waits at the gate; what has happened."""
     events: list[str] = []
-    gate = program.snapshotter._gate
+    gate = program.snapshotter._wait_at_gate
 
     def watched() -> None:
         events.append("gate")
         disk.release()
         gate()
 
-    program.snapshotter._gate = watched  # type: ignore[method-assign]
+    program.snapshotter._wait_at_gate = watched  # type: ignore[method-assign]
     return events
 
 
