@@ -499,6 +499,41 @@ def test_number_of_workers_may_change() -> None:
         assert [batch.tolist() for batch in other] == following
 
 
+class Augmented(Ids):
+    """Draws in the worker that loads a sample."""
+
+    def __getitem__(self, index: int) -> Any:
+        return index, torch.rand(1).item()
+
+
+def test_workers_of_a_resumed_epoch_draw_anew_and_repeat_nothing() -> None:
+    """The batches are exact; what a map-style dataset draws in workers is not, and must not be
+    what was drawn at the beginning of the epoch."""
+
+    def build() -> ResumableLoader:
+        return resumable(DataLoader(Augmented(), batch_size=2, shuffle=True, num_workers=2))
+
+    def drawn(batches: Any) -> tuple[list[int], set[float]]:
+        pairs = [batch for batch in batches]
+        return (
+            [int(index) for ids, _ in pairs for index in ids],
+            {float(value) for _, values in pairs for value in values},
+        )
+
+    torch.manual_seed(1)
+    whole_ids, whole_values = drawn(build())
+    torch.manual_seed(1)
+    first = build()
+    batches = iter(first)
+    begun_ids, begun_values = drawn(next(batches) for _ in range(2))
+    state = first.state_dict()
+    second = build()
+    second.load_state_dict(state)
+    rest_ids, rest_values = drawn(second)
+    assert begun_ids + rest_ids == whole_ids and begun_values < whole_values
+    assert len(rest_values) == len(rest_ids) and not rest_values & whole_values
+
+
 def test_skipping_a_million_samples_loads_none() -> None:
     data = Ids(1_000_000)
     seed_all(1)

@@ -245,8 +245,8 @@ class Counted:
         self._program.count = state["count"]
 
 
-class Capturable(Program):
-    """The steps are tensors; amsgrad has one more of the weights' size."""
+class TensorRate(Program):
+    """The learning rate is a tensor, and amsgrad has one more of the size of the weights."""
 
     def set_up(self) -> None:
         self.optimizer = torch.optim.AdamW(
@@ -309,7 +309,7 @@ PROGRAMS: list[type[Program]] = [
     Averaged,
     BatchNorm,
     Buffers,
-    Capturable,
+    TensorRate,
     Compiled,
     ExtraState,
     Frozen,

@@ -420,25 +420,38 @@ def test_any_state_of_an_optimizer_is_looked_through(tmp_path: Path) -> None:
     assert pysnap.load(tmp_path)["optimizer"]["state"]["own"] == 1
 
 
-def test_an_array_that_shares_memory_with_a_weight_is_copied_at_once(
-    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYSNAP_HOST_MEMORY", "24KiB")  # the array, and a part of the rest
+def test_an_array_that_shares_memory_with_a_weight_is_copied_at_once(tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.ones(WIDTH, WIDTH))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with pysnap.Snapshotter(
+        tmp_path, weights={"w": weight.detach().numpy()}, optimizer=optimizer, every=1
+    ) as snapshotter:
+        with snapshotter.step():
+            pass
+        newest = snapshotter._committer.newest
+        assert newest is not None and newest.wait_staged(0)
+    assert (pysnap.load(tmp_path)["weights"]["w"] == 1).all()
+
+
+def test_tensors_without_elements_are_nobodys(tmp_path: Path, disk: Disk) -> None:
+    """All of them have the address 0."""
     program = Program(tmp_path / "unused")
     program.snapshotter.close()
-    weight = program.net.linear.weight
-    array = weight.detach().numpy()
-    with pysnap.Snapshotter(
-        tmp_path / "run", weights={"w": array}, optimizer=program.optimizer, every=1
-    ) as snapshotter:
-        disk.hold()
-        with snapshotter.step():
-            program.train()
-        expected = array.copy()
-        program.snapshotter = snapshotter
-        releases_at_the_gate(program, disk)
-        program.train()
-    assert (pysnap.load(tmp_path / "run")["weights"]["w"] == expected).all()
+    empty = nn.Parameter(torch.empty(0))
+    program.optimizer.add_param_group({"params": [empty]})
+    buffer = torch.empty(0)
+    program.snapshotter = pysnap.Snapshotter(
+        tmp_path / "run",
+        model=program.net,
+        optimizer=program.optimizer,
+        values={"buffer": buffer},
+        every=1,
+    )
+    take(program, disk)
+    buffer.zero_()
+    disk.release()
+    program.snapshotter.close()
+    assert program.snapshotter.stats().durable == 1
 
 
 # Threads
