@@ -221,6 +221,7 @@ class _Guard:
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._tensors = [(path, tensor, tensor._version) for path, tensor in tensors]
         self._changed: str | None = None
+        self._looked = False
         self._settled = threading.Event()  # set after _changed
         if not self._tensors:
             self._settled.set()
@@ -232,13 +233,16 @@ class _Guard:
     def look(self) -> None:
         """Find out whether a tensor changed until now; later changes do not matter. For the main
         thread."""
-        if not self._settled.is_set():
+        # The main thread may be in here when it is made to look: the event's lock would be its own.
+        if not self._looked:
+            self._looked = True
             changed = (path for path, tensor, before in self._tensors if tensor._version != before)
             self._changed = next(changed, None)
             self._settled.set()
 
     def release(self) -> None:
         """Nobody needs to know any more."""
+        self._looked = True
         self._settled.set()
 
     def settle(self) -> None:

@@ -19,7 +19,7 @@ from support import assert_same
 from torch import nn
 
 import pysnap
-from pysnap.capture import Capture
+from pysnap.capture import Capture, _Guard
 
 WIDTH = 64  # a weight of 16 KiB, four chunks
 
@@ -591,3 +591,19 @@ def test_the_hooks_go_when_it_closes(tmp_path: Path) -> None:
     assert program.optimizer._optimizer_step_pre_hooks
     program.snapshotter.close()
     assert not program.optimizer._optimizer_step_pre_hooks
+
+
+def test_a_look_inside_a_look_does_not_wait_for_itself() -> None:
+    """The main thread was made to look while it told the result of another look: a deadlock."""
+    weight = torch.zeros(2)
+    guard = _Guard([("w", weight)])
+    tell = guard._settled.set
+
+    def interrupted() -> None:
+        with guard._settled._cond:  # type: ignore[attr-defined]  # where Event.set is interrupted
+            guard.look()
+        tell()
+
+    guard._settled.set = interrupted  # type: ignore[method-assign]
+    guard.look()
+    assert guard.settled()
