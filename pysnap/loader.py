@@ -82,6 +82,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from pysnap.devices import cuda_in_use
 from pysnap.errors import ConfigError, FormatError, MismatchError
 
 __all__ = ["ResumableLoader", "StatefulLoaderPart", "as_part", "resumable"]
@@ -169,7 +170,7 @@ def _source_of(value: object) -> _Source | None:
 
 def _cuda_sources() -> _Sources:
     """The generator of every CUDA device; none before the first use of CUDA."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own gap
+    if not cuda_in_use():
         return {}
 
     def source(index: int) -> _Source:

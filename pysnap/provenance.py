@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pysnap._version import __version__
+from pysnap.devices import cuda_in_use
 
 
 def describe() -> dict[str, Any]:
@@ -30,9 +31,8 @@ def describe() -> dict[str, Any]:
 
 
 def devices() -> list[str]:
-    """Names of the CUDA devices; none before the program has used one, for asking makes a
-    context."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own gap
+    """Names of the CUDA devices; none before the program has used one."""
+    if not cuda_in_use():
         return []
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 

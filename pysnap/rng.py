@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pysnap.devices import cuda_in_use
 from pysnap.errors import CorruptError
 
 _log = logging.getLogger("pysnap")
@@ -20,9 +21,7 @@ def capture() -> dict[str, Any]:
     # 625 words as bytes: a list of them would be the largest thing in a manifest.
     python = {"version": version, "words": np.array(words, dtype="<u4").tobytes(), "gauss": gauss}
     state = np.random.get_state(legacy=False)
-    # A CUDA context is not made for this: without one, no program has drawn from it.
-    has_cuda = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch's own gap
-    cuda = torch.cuda.get_rng_state_all() if has_cuda else []
+    cuda = torch.cuda.get_rng_state_all() if cuda_in_use() else []
     return {
         "python": python,
         "numpy": _pack(state),

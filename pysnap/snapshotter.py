@@ -227,10 +227,11 @@ class Snapshotter:
         `PART="restart"`, such as `loader="restart"`, leaves a part as it is live, a loader at the
         beginning of the epoch.
 
-        Raises MismatchError, with nothing touched, if the snapshot does not fit; CorruptError if
-        snapshots exist but none is intact (the message says whether parts were touched);
-        NotFoundError where the rule finds none; FormatError for one of another format; ConfigError
-        for arguments that cannot be.
+        Raises MismatchError, with nothing touched, if the snapshot does not fit (where a part of
+        the program's own says so only when it is loaded, the message tells what was overwritten);
+        CorruptError if snapshots exist but none is intact (the message says whether parts were
+        touched); NotFoundError where the rule finds none; FormatError for one of another format;
+        ConfigError for arguments that cannot be.
         """
         self._check_open()
         rule = self._which or _rule(which, step, tag)
@@ -473,11 +474,13 @@ class Snapshotter:
         rest = load_parts(snapshot, self._parts, terms)
         if "progress" in rest:
             self._go_on_at(rest["progress"], snapshot)
-            for name, part in self._parts.items():
-                begin_epoch = getattr(part, "begin_epoch", None)
-                if begin_epoch is not None and not terms.touches(name):
-                    begin_epoch()
-                    self.progress.batch = 0
+        for name, part in self._parts.items():
+            # A loader whose position is not taken does not stand where progress does.
+            restarts = name in terms.restart or ("progress" in rest and not terms.touches(name))
+            begin_epoch = getattr(part, "begin_epoch", None)
+            if restarts and begin_epoch is not None:
+                begin_epoch()
+                self.progress.batch = 0
         self._tell_config(snapshot)
         # Last: whatever is loaded before may draw.
         if "rng" in rest:

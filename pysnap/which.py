@@ -57,7 +57,8 @@ class Which:
         if self.kind == "path":
             path = Path(str(self.value))
             return [Snapshot.open(path)] if is_snapshot(path) else list_snapshots(path).snapshots
-        if self.kind == "newest" or not (snapshots or self.value is not None):
+        names_none = self.value is None
+        if self.kind == "newest" or (names_none and not snapshots):
             return snapshots
         if self.kind == "best":
             assert best is not None

@@ -417,11 +417,11 @@ def test_what_the_environment_says_of_the_run_is_not_for_an_audit(
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pysnap.audit(None, values={}), "step is a NoneType"),  # type: ignore[arg-type]
+        (lambda: pysnap.audit(None, values={}), "step is a NoneType"),  # type: ignore[arg-type]  # that is the test
         (lambda: pysnap.audit(print), "without parts"),
         (lambda: pysnap.audit(print, steps=0, values={}), "steps is 0"),
         (lambda: pysnap.audit(print, steps=True, values={}), "steps is True"),
-        (lambda: pysnap.audit(print, steps="3", values={}), "steps is '3'"),  # type: ignore[arg-type]
+        (lambda: pysnap.audit(print, steps="3", values={}), "steps is '3'"),  # type: ignore[arg-type]  # that is the test
         (lambda: pysnap.audit(print, values=3), "values is a int"),
         (lambda: pysnap.audit(print, rng={}), "'rng' is a name of pysnap's own"),
     ],

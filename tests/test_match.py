@@ -351,8 +351,8 @@ def test_a_wrapped_module_has_the_keys_of_the_plain_one(
 ) -> None:
     def wrapped(net: Net) -> nn.Module:
         if not inner:
-            return WRAPPERS[name](net)  # type: ignore[no-any-return, operator]
-        net.encoder = WRAPPERS[name](net.encoder)  # type: ignore[operator]
+            return WRAPPERS[name](net)  # type: ignore[no-any-return, operator]  # a module
+        net.encoder = WRAPPERS[name](net.encoder)  # type: ignore[operator]  # a module
         return net
 
     net = Net()
@@ -494,3 +494,13 @@ def test_a_part_that_refuses_late_says_what_was_overwritten(tmp_path: Path) -> N
     saved(tmp_path, x=torch.ones(2), late=Late())
     message = refused(tmp_path, {"x": torch.zeros(2), "late": Late()})
     assert "it does not fit" in message and "x, late are overwritten" in message
+
+
+def test_a_loader_may_be_restarted_without_taking_progress(tmp_path: Path) -> None:
+    loader = pysnap.resumable(torch.utils.data.DataLoader(range(8), batch_size=2))  # type: ignore[arg-type]  # a range is a dataset
+    with pysnap.Snapshotter(tmp_path, loader=loader, value=[1]) as snapshotter:
+        snapshotter.save().wait()
+        batches = iter(loader)
+        next(batches)
+        snapshotter.resume(only=["value"], loader="restart")
+        assert loader.state_dict()["phase"] == "idle"

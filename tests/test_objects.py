@@ -260,12 +260,12 @@ class LateGroup(Program):
 
     def set_up(self) -> None:
         self.net.requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.net[3].requires_grad_().parameters(), lr=0.05)  # type: ignore[index]
+        self.optimizer = torch.optim.AdamW(self.net[3].requires_grad_().parameters(), lr=0.05)  # type: ignore[index]  # a Sequential
         self.steps = {"done": 0}
 
     def grow(self) -> None:
         self.optimizer.add_param_group(
-            {"params": list(self.net[0].requires_grad_().parameters()), "lr": 0.01}  # type: ignore[index]
+            {"params": list(self.net[0].requires_grad_().parameters()), "lr": 0.01}  # type: ignore[index]  # a Sequential
         )
 
     def step(self) -> None:

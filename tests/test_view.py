@@ -103,9 +103,9 @@ def test_what_a_view_says(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="nothing"):
         view["nothing"]
     with pytest.raises(TypeError):
-        view["values/w"] = entry  # type: ignore[index]
+        view["values/w"] = entry  # type: ignore[index]  # that is the test
     with pytest.raises(TypeError):
-        entry[0] = 1  # type: ignore[index]
+        entry[0] = 1  # type: ignore[index]  # that is the test
 
 
 def test_each_reading_is_in_memory_of_its_own(tmp_path: Path) -> None:
