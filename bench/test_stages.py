@@ -24,8 +24,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from state import State
 
 from pysnap import _engine, tree
-from pysnap.capture import zstd_libraries
-from pysnap.layout import Leaf, Plan, Planner
+from pysnap.capture import Stager, zstd_libraries
+from pysnap.config import Config
+from pysnap.layout import Leaf, Plan, make_plan
 from pysnap.manifest import Manifest
 
 PARAMETERS = 8_000_000
@@ -58,7 +59,7 @@ def leaves(state: State) -> list[tuple[str, Leaf]]:
 
 @pytest.fixture(scope="module")
 def plan(leaves: list[tuple[str, Leaf]]) -> Plan:
-    return Planner(CHUNK_SIZE).plan(leaves)
+    return make_plan(leaves, chunk_size=CHUNK_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -316,14 +317,18 @@ def test_digest_floor(
 
 
 @pytest.mark.benchmark(group="plan")
-@pytest.mark.parametrize("cached", [True, False], ids=["cached", "new"])
-def test_plan(
-    benchmark: BenchmarkFixture, leaves: list[tuple[str, Leaf]], plan: Plan, cached: bool
-) -> None:
-    planner = Planner(CHUNK_SIZE)
-    planner.plan(leaves)
-    made = benchmark(lambda: (planner if cached else Planner(CHUNK_SIZE)).plan(leaves))
+def test_plan(benchmark: BenchmarkFixture, leaves: list[tuple[str, Leaf]], plan: Plan) -> None:
+    made = benchmark(lambda: make_plan(leaves, chunk_size=CHUNK_SIZE))
     assert made.records == plan.records
+
+
+@pytest.mark.benchmark(group="plan")
+def test_begin_again(benchmark: BenchmarkFixture, state: State) -> None:
+    """A state that differs from the one before in plain values alone."""
+    stager = Stager(Config.resolve())
+    value = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
+    benchmark(lambda: stager.begin(value).abort())
+    stager.close()
 
 
 @pytest.mark.benchmark(group="plan")

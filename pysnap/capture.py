@@ -7,10 +7,13 @@ import datetime
 import glob
 import importlib.util
 import logging
+import operator
 import os
 import threading
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,12 @@ import torch
 
 from pysnap import _engine, tree
 from pysnap.config import Config
-from pysnap.errors import TornError
-from pysnap.layout import HOST, Leaf, Plan, Planner, current_streams
+from pysnap.errors import StateError, TornError
+from pysnap.gate import Gate
+from pysnap.layout import HOST, Leaf, Places, Plan, current_streams, make_plan
 from pysnap.manifest import Manifest
 from pysnap.memory import available_memory
+from pysnap.skeleton import Skeleton
 
 _log = logging.getLogger("pysnap")
 
@@ -63,37 +68,32 @@ class Stager:
             zstd=zstd,
             adaptive=config.codec == "auto",
         )
-        self._planner = Planner(config.chunk_size)
+        self._steady: _Steady | None = None
         self._told: str | None = None  # why copies from devices are slow
 
-    def prepare(self, state: object, *, lazy: Collection[int], growth: int) -> None:
+    def prepare(self, state: object, *, gate: Gate, growth: int) -> None:
         """Plan the capture of `state`, and have staging memory for it and `growth` more bytes made
         ready in the background, as far as the bound allows. Raises StateError for what cannot be
         stored."""
-        _, plan, _ = self._plan(state, lazy)
+        plan = self._plan(state, gate).plan
         self._engine.reserve(plan.stream + growth, devices=sorted(plan.devices - {HOST}))
 
     def wait_reserved(self) -> None:
         """Block until that memory is ready."""
         self._engine.wait_reserved()
 
-    def begin(
-        self, state: object, *, lazy: Collection[int] = frozenset(), overlap: bool = False
-    ) -> Capture:
-        """Plan the capture of `state`. Nothing is copied yet. With `overlap`, the tensors at the
-        addresses `lazy` may be copied after `Capture.copy` returns, until `Capture.gate`. Raises
-        StateError for what cannot be stored."""
-        encoded, plan, leaves = self._plan(state, lazy)
+    def begin(self, state: object, *, gate: Gate | None = None, overlap: bool = False) -> Capture:
+        """Plan the capture of `state`. Nothing is copied yet. With `overlap`, what waits for `gate`
+        may be copied after `Capture.copy` returns, until `Capture.gate`. Raises StateError for what
+        cannot be stored."""
+        planned = self._plan(state, gate)
+        plan = planned.plan
         if plan.devices - {HOST}:
             self._tell_pageable()
         eager = plan.eager if overlap else len(plan.spans)
         job = self._engine.begin(plan.extents, plan.spans, eager)
-        guarded = [
-            (path, leaf)
-            for path, leaf in (leaves if eager < len(plan.spans) else ())
-            if isinstance(leaf, torch.Tensor) and leaf.data_ptr() in lazy
-        ]
-        return Capture(encoded, plan, job, self._chunk_size, _Guard(guarded))
+        guard = _Guard(planned.waiting() if eager < len(plan.spans) else (), planned.name_of)
+        return Capture(planned, job, self._chunk_size, guard)
 
     def _tell_pageable(self) -> None:
         why = self._engine.why_pageable()
@@ -105,9 +105,13 @@ class Stager:
         """Abort what is in flight and join the threads; safe to repeat."""
         self._engine.close()
 
-    def _plan(
-        self, state: object, lazy: Collection[int]
-    ) -> tuple[tree.Json, Plan, list[tuple[str, Leaf]]]:
+    def _plan(self, state: object, gate: Gate | None) -> _Planned:
+        token = None if gate is None else gate.token()
+        steady, self._steady = self._steady, None
+        planned = None if steady is None else steady.again(state, token)
+        if planned is not None:
+            self._steady = steady
+            return planned
         leaves: list[tuple[str, Leaf]] = []
 
         def put(path: str, leaf: Leaf) -> int:
@@ -115,26 +119,133 @@ class Stager:
             return len(leaves) - 1
 
         encoded = tree.encode(state, put)
-        return encoded, self._planner.plan(leaves, lazy), leaves
+        lazy = frozenset() if gate is None else gate.addresses()
+        plan = make_plan(leaves, chunk_size=self._chunk_size, lazy=lazy)
+        if plan.in_place:
+            self._steady = _Steady.of(state, encoded, plan, [leaf for _, leaf in leaves], token)
+        return _Planned(encoded, plan, [leaf for _, leaf in leaves], list(range(len(leaves))))
+
+
+@dataclass
+class _Planned:
+    """A state that is to be captured: its tree, its plan and its leaves, of which `indices` are the
+    numbers in the tree."""
+
+    tree: tree.Json
+    plan: Plan
+    leaves: list[Leaf]
+    indices: list[int]
+
+    def waiting(self) -> list[torch.Tensor]:
+        """The tensors that may be copied later."""
+        waits = map(self.plan.waits.__getitem__, self.indices)
+        return list(compress(self.leaves, waits))  # type: ignore[arg-type]  # tensors alone wait
+
+    def name_of(self, number: int) -> str:
+        """The path of one of those that `waiting` returns."""
+        waits = map(self.plan.waits.__getitem__, self.indices)
+        index = list(compress(self.indices, waits))[number]
+        return next(path for path, at in tree.leaves(self.tree) if at == index)
+
+    def held(self) -> list[object]:
+        """What keeps their memory, also when a program gives a tensor another one by
+        `tensor.data = ...`."""
+        return [self.plan.keep, *map(torch.Tensor.untyped_storage, self.waiting())]
+
+
+class _Part:
+    """One part of a state that was captured."""
+
+    def __init__(self, value: object, node: tree.Json, leaves: list[Leaf]) -> None:
+        """`leaves` are those of the whole state. Raises ValueError, TypeError or RuntimeError for
+        a part with tensors by which the next one cannot be known."""
+        # In a list, for a part may be a tensor or a number itself.
+        self._skeleton: Skeleton | None = None
+        self.indices: list[int] = []
+        try:
+            self._skeleton = Skeleton([value], [node])
+            self.indices = self._skeleton.indices
+        except ValueError:
+            if any(tree.leaves(node)):
+                raise
+        self._places = Places([leaves[index] for index in self.indices])
+
+    def again(self, value: object) -> tuple[tree.Json, list[Leaf]] | None:
+        """The encoded form of the part's next value and its leaves, in the order of `indices`; None
+        if it has other leaves. Raises StateError for what cannot be stored."""
+        content = None if self._skeleton is None else self._skeleton.match([value])
+        if self._skeleton is None or content is None:
+            return None if self.indices else _without_leaves(value)
+        if not self._places.are_of(content.leaves):
+            return None
+        (node,) = self._skeleton.encode(content)
+        return node, content.leaves
+
+
+def _without_leaves(value: object) -> tuple[tree.Json, list[Leaf]] | None:
+    leaves: list[Leaf] = []
+
+    def put(_: str, leaf: Leaf) -> int:
+        leaves.append(leaf)
+        return 0
+
+    node = tree.encode(value, put)
+    return None if leaves else (node, [])
+
+
+class _Steady:
+    """A state that was captured: if the next one has the same tensors at the same places, its plan
+    is the same, and of its tree only what changed is made anew."""
+
+    def __init__(self, parts: dict[str, _Part], plan: Plan, token: object) -> None:
+        self._parts = parts
+        # Not the leaves: they would live until the next snapshot.
+        self._plan = replace(plan, keep=[])
+        self._token = token
+        self._indices = [index for part in parts.values() for index in part.indices]
+
+    @classmethod
+    def of(
+        cls, state: object, encoded: tree.Json, plan: Plan, leaves: list[Leaf], token: object
+    ) -> _Steady | None:
+        """What is to be known of a state for the next one; None where it is not in parts."""
+        if type(state) is not dict or type(encoded) is not dict or list(state) != list(encoded):
+            return None
+        try:
+            parts = {name: _Part(value, encoded[name], leaves) for name, value in state.items()}
+        except (ValueError, TypeError, RuntimeError):
+            return None
+        return cls(parts, plan, token)
+
+    def again(self, state: object, token: object) -> _Planned | None:
+        """The capture of `state`, if it differs in plain values alone."""
+        if token != self._token or type(state) is not dict or list(state) != list(self._parts):
+            return None
+        encoded: dict[str, tree.Json] = {}
+        leaves: list[Leaf] = []
+        for (name, part), value in zip(self._parts.items(), state.values(), strict=True):
+            try:
+                found = part.again(value)
+            except StateError:
+                # Encoding the whole names the path.
+                found = None
+            if found is None:
+                return None
+            encoded[name] = found[0]
+            leaves += found[1]
+        return _Planned(encoded, replace(self._plan, keep=leaves), leaves, self._indices)
 
 
 class Capture:
     """One snapshot on its way. `copy` and `gate` are for the training thread, `write` for the
     committing one; they run side by side."""
 
-    def __init__(
-        self,
-        encoded: tree.Json,
-        plan: Plan,
-        job: _engine.Job,
-        chunk_size: int,
-        guard: _Guard,
-    ) -> None:
-        self._tree = encoded
-        self._records = plan.records
-        self._keep: list[Leaf] = plan.keep
-        self._devices = plan.devices
-        self._raw = plan.spans["raw"].astype(np.uint64)
+    def __init__(self, planned: _Planned, job: _engine.Job, chunk_size: int, guard: _Guard) -> None:
+        self._tree = planned.tree
+        self._records = planned.plan.records
+        self._keep = planned.held()
+        self._devices = planned.plan.devices
+        self._raw = planned.plan.spans["raw"].astype(np.uint64)
         self._job = job
         self._chunk_size = chunk_size
         self._guard = guard
@@ -218,9 +329,13 @@ class _Guard:
     where no operation is under way: in the training thread, which must be the main thread.
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self._tensors = [(path, tensor, tensor._version) for path, tensor in tensors]
-        self._changed: str | None = None
+    def __init__(
+        self, tensors: Iterable[torch.Tensor], name_of: Callable[[int], str] = str
+    ) -> None:
+        self._tensors = list(tensors)
+        self._name_of = name_of
+        self._before = list(map(_changes, self._tensors))
+        self._changed: int | None = None
         self._looked = False
         self._settled = threading.Event()  # set after _changed
         if not self._tensors:
@@ -236,8 +351,9 @@ class _Guard:
         # The main thread may be in here when it is made to look: the event's lock would be its own.
         if not self._looked:
             self._looked = True
-            changed = (path for path, tensor, before in self._tensors if tensor._version != before)
-            self._changed = next(changed, None)
+            same = map(operator.eq, map(_changes, self._tensors), self._before)
+            self._changed = next((at for at, is_same in enumerate(same) if not is_same), None)
+            self._tensors = []
             self._settled.set()
 
     def release(self) -> None:
@@ -257,7 +373,10 @@ class _Guard:
                 self.look()
             self._settled.wait(_POLL_SECONDS)
         if self._changed is not None:
-            raise TornError(_torn(self._changed))
+            raise TornError(_torn(self._name_of(self._changed)))
+
+
+_changes = operator.attrgetter("_version")
 
 
 def _torn(names: str) -> str:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import operator
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import compress, groupby
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,8 +30,6 @@ _log = logging.getLogger("pysnap")
 
 HOST = -1
 """The engine's number of host memory; CUDA devices have theirs from 0."""
-
-_Fingerprint: TypeAlias = "tuple[Any, ...]"
 
 # Every torch data type that has whole bytes, by name, and the element type of its bytes. A torch
 # that lacks one never shows it.
@@ -131,8 +130,9 @@ class Plan:
     """Everything that a capture needs, and what the manifest says of it.
 
     `extents` and `spans` are tables for the engine, which reads from `devices`; the first `eager`
-    chunks are to be copied at once; `records[i]` describes leaf i; `keep` holds whatever must stay
-    alive until the bytes have been read (the leaves, and copies of those that have gaps).
+    chunks are to be copied at once; `records[i]` describes leaf i, and `waits[i]` says whether its
+    bytes are among those that may be copied later. `keep` holds the leaves, or copies of those that
+    have gaps; without such copies the bytes are read `in_place`.
     """
 
     records: list[Record]
@@ -141,55 +141,103 @@ class Plan:
     eager: int
     stream: int
     devices: frozenset[int]
+    waits: list[bool]
+    in_place: bool
     keep: list[Leaf]
 
 
-class Planner:
-    """Makes plans; keeps the last one while addresses, shapes and types stay as they are."""
+def make_plan(
+    leaves: list[tuple[str, Leaf]], *, chunk_size: int, lazy: Collection[int] = frozenset()
+) -> Plan:
+    """The plan for these (path, leaf) pairs; those at the addresses `lazy` may be copied later
+    than the others. Raises StateError for a type that cannot be stored."""
+    contiguous = [(path, _contiguous(leaf)) for path, leaf in leaves]
+    sources = [_source(path, leaf) for path, leaf in contiguous]
+    waits = [
+        isinstance(leaf, torch.Tensor) and source.address in lazy
+        for (_, leaf), source in zip(contiguous, sources, strict=True)
+    ]
+    in_place = all(
+        _address(leaf) == source.address for (_, leaf), source in zip(leaves, sources, strict=True)
+    )
+    plan = _lay_out(sources, chunk_size, waits)
+    return replace(plan, in_place=in_place, keep=[leaf for _, leaf in contiguous])
 
-    def __init__(self, chunk_size: int) -> None:
-        self._chunk_size = chunk_size
-        self._plan: Plan | None = None
-        # Of the leaves of _plan; None where one had to be copied, for the copy is new every time.
-        self._fingerprints: list[_Fingerprint] | None = None
-        self._lazy: Collection[int] = frozenset()
 
-    def plan(self, leaves: list[tuple[str, Leaf]], lazy: Collection[int] = frozenset()) -> Plan:
-        """The plan for these (path, leaf) pairs; those at the addresses `lazy` may be copied later
-        than the others. Raises StateError for a type that cannot be stored."""
-        fingerprints = [_fingerprint(leaf) for _, leaf in leaves]
-        if self._plan is not None and fingerprints == self._fingerprints and lazy == self._lazy:
-            return replace(self._plan, keep=_held(leaves))
-        contiguous = [(path, _contiguous(leaf)) for path, leaf in leaves]
-        sources = [_source(path, leaf) for path, leaf in contiguous]
-        waits = {
-            index
-            for index, (_, leaf) in enumerate(contiguous)
-            if isinstance(leaf, torch.Tensor) and sources[index].address in lazy
-        }
-        plan = _lay_out(sources, self._chunk_size, waits)
-        self._lazy = lazy
-        in_place = all(
-            source.address == fingerprint[0]
-            for source, fingerprint in zip(sources, fingerprints, strict=True)
+class Places:
+    """Where the bytes of some leaves are, and what they mean."""
+
+    def __init__(self, leaves: list[Leaf]) -> None:
+        """Raises TypeError or RuntimeError for a tensor that has no bytes of its own."""
+        self._is_array = [isinstance(leaf, np.ndarray) for leaf in leaves]
+        self._is_tensor = [not is_array for is_array in self._is_array]
+        self._tensors = [_Tensors(block) for block in _blocks(self._tensors_of(leaves))]
+        self._arrays = self._places_of_arrays(leaves)
+
+    def are_of(self, leaves: list[Leaf]) -> bool:
+        """Whether these leaves, too, have their bytes there, and the bytes mean the same. Tensors
+        and arrays stand where they stood at first."""
+        blocks = _blocks(self._tensors_of(leaves))
+        try:
+            return (
+                all(map(_Tensors.are_places_of, self._tensors, blocks))
+                and self._places_of_arrays(leaves) == self._arrays
+            )
+        except (TypeError, RuntimeError):
+            # Now a tensor has no bytes of its own.
+            return False
+
+    def _places_of_arrays(self, leaves: list[Leaf]) -> list[tuple[Any, ...]]:
+        arrays = compress(leaves, self._is_array)
+        return [
+            (_address(array), array.shape, array.dtype.str, array.strides)  # type: ignore[union-attr]
+            for array in arrays
+        ]
+
+    def _tensors_of(self, leaves: list[Leaf]) -> list[torch.Tensor]:
+        return list(compress(leaves, self._is_tensor))  # type: ignore[arg-type]
+
+
+def _blocks(tensors: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
+    # Each is looked at several times: that many stay in the processor's cache.
+    return [tensors[at : at + 512] for at in range(0, len(tensors), 512)]
+
+
+class _Tensors:
+    """`Places` of a block of tensors. No list of what is compared is made: it would be garbage of
+    many objects, which has its price."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._addresses = list(map(torch.Tensor.data_ptr, tensors))
+        self._shapes = list(map(torch.Tensor.size, tensors))
+        self._dtypes = list(map(_dtype, tensors))
+        self._has_complex = any(dtype.is_complex for dtype in set(self._dtypes))
+        self._is_contiguous = list(map(torch.Tensor.is_contiguous, tensors))
+        self._has_gaps = [not is_contiguous for is_contiguous in self._is_contiguous]
+        self._strides = list(map(torch.Tensor.stride, compress(tensors, self._has_gaps)))
+
+    def are_places_of(self, tensors: list[torch.Tensor]) -> bool:
+        contiguous = map(torch.Tensor.is_contiguous, tensors)
+        strides = map(torch.Tensor.stride, compress(tensors, self._has_gaps))
+        return (
+            all(map(operator.eq, map(torch.Tensor.data_ptr, tensors), self._addresses))
+            and all(map(operator.eq, map(torch.Tensor.size, tensors), self._shapes))
+            and all(map(operator.is_, map(_dtype, tensors), self._dtypes))
+            and all(map(operator.is_, contiguous, self._is_contiguous))
+            and all(map(operator.eq, strides, self._strides))
+            and not any(map(torch.Tensor.is_neg, tensors))
+            and not (self._has_complex and any(map(torch.Tensor.is_conj, tensors)))
         )
-        self._plan = plan
-        self._fingerprints = fingerprints if in_place else None
-        return replace(plan, keep=_held(contiguous))
 
 
-def _held(leaves: list[tuple[str, Leaf]]) -> list[Leaf]:
-    """What keeps the memory of the leaves, also when a program gives them another one by
-    `tensor.data = ...`."""
-    return [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for _, leaf in leaves]
+_dtype = operator.attrgetter("dtype")
 
 
-def _fingerprint(leaf: Leaf) -> _Fingerprint:
-    """Equal for two leaves whose bytes lie at one place and mean the same."""
+def _address(leaf: Leaf) -> int:
     if isinstance(leaf, np.ndarray):
-        return (leaf.__array_interface__["data"][0], leaf.shape, leaf.dtype.str, leaf.strides)
-    place = (leaf.data_ptr(), leaf.get_device())
-    return (*place, leaf.shape, leaf.dtype, leaf.stride(), leaf.is_conj(), leaf.is_neg())
+        address: int = leaf.__array_interface__["data"][0]
+        return address
+    return leaf.data_ptr()
 
 
 def _contiguous(leaf: Leaf) -> Leaf:
@@ -207,7 +255,7 @@ def _contiguous(leaf: Leaf) -> Leaf:
 def _source(path: str, leaf: Leaf) -> _Source:
     if isinstance(leaf, np.ndarray):
         return _Source(
-            leaf.__array_interface__["data"][0],
+            _address(leaf),
             leaf.nbytes,
             HOST,
             array_element(leaf.dtype),
@@ -231,10 +279,10 @@ def _source(path: str, leaf: Leaf) -> _Source:
     )
 
 
-def _lay_out(sources: list[_Source], chunk_size: int, lazy: Collection[int]) -> Plan:
+def _lay_out(sources: list[_Source], chunk_size: int, waits: list[bool]) -> Plan:
     runs = _merge(sources)
     for run in runs:
-        run.lazy = all(index in lazy for index in run.members)
+        run.lazy = all(waits[index] for index in run.members)
     # Python's sort is stable: within an element type, the order of the tree.
     runs.sort(key=lambda run: (run.lazy, ELEMENTS.index(run.element), run.first))
     offsets: dict[int, int] = {}
@@ -268,6 +316,8 @@ def _lay_out(sources: list[_Source], chunk_size: int, lazy: Collection[int]) -> 
         eager=eager,
         stream=at,
         devices=frozenset(run.device for run in runs),
+        waits=waits,
+        in_place=True,
         keep=[],
     )
 

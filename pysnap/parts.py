@@ -38,7 +38,10 @@ class ModulePart:
         self._module = module
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._module.state_dict()
+        # The module's own tensors, where it has no method of its own for this: detached ones are
+        # thousands of new objects in every snapshot.
+        plain = type(self._module).state_dict is torch.nn.Module.state_dict
+        state = self._module.state_dict(keep_vars=True) if plain else self._module.state_dict()
         wrappers = self._wrappers()
         if not wrappers:
             return state

@@ -126,7 +126,7 @@ class Snapshotter:
         self._stager = Stager(settings)
         self._gate = Gate(self._parts.values() if settings.overlap else (), _waiter(self))
         try:
-            self._stager.prepare(self._state(), lazy=self._gate.addresses(), growth=self._growth())
+            self._stager.prepare(self._state(), gate=self._gate, growth=self._growth())
             self._repository = Repository(Path(path))
         except BaseException:
             self._gate.close()
@@ -440,8 +440,7 @@ class Snapshotter:
         self._pending = False
 
         def begin() -> Capture:
-            lazy = self._gate.addresses()
-            return self._stager.begin(self._state(), lazy=lazy, overlap=overlap)
+            return self._stager.begin(self._state(), gate=self._gate, overlap=overlap)
 
         self._committer.take(handle, begin, self._describe(), notes or Notes())
         return handle

@@ -323,6 +323,7 @@ class _Encoder:
         self._names = _Names()
         self._open: list[object] = []  # the containers around the value at hand, outermost first
         self._trail: list[object] = []  # its key in each of them
+        self._around = ""  # the path of the innermost
         self._sets = 0  # how many of them are sets
 
     def node(self, value: object) -> Json:
@@ -463,6 +464,8 @@ class _Encoder:
     ) -> list[Json]:
         if len(self._open) == MAX_DEPTH:
             raise self._too_deep(container)
+        around = self._around
+        self._around = self._here()
         self._open.append(container)
         self._trail.append(None)
         nodes = []
@@ -471,6 +474,7 @@ class _Encoder:
             nodes.append(self.node(value))
         self._trail.pop()
         self._open.pop()
+        self._around = around
         return nodes
 
     def _pairs(self, value: dict[Any, Any]) -> list[Json]:
@@ -512,10 +516,7 @@ class _Encoder:
             raise self._refused(what, "convert it to UTC, with .astimezone(datetime.timezone.utc)")
 
     def _here(self) -> str:
-        path = ""
-        for key in self._trail:
-            path = join(path, key)
-        return path
+        return join(self._around, self._trail[-1]) if self._trail else ""
 
     def _too_deep(self, container: object) -> StateError:
         if any(outer is container for outer in self._open):

@@ -28,6 +28,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "provenance": set(),
     },
     {"layout": set(), "repository": set(), "overlay": set()},
+    {"skeleton": set()},
     {"capture": set(), "best": set()},
     {"retention": set(), "which": set()},
     {"restore": set()},

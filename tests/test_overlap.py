@@ -581,7 +581,7 @@ def test_the_hooks_go_when_it_closes(tmp_path: Path) -> None:
 def test_a_look_inside_a_look_does_not_wait_for_itself() -> None:
     """The main thread was made to look while it told the result of another look: a deadlock."""
     weight = torch.zeros(2)
-    guard = _Guard([("w", weight)])
+    guard = _Guard([weight], lambda _: "w")
     tell = guard._settled.set
 
     def interrupted() -> None:
