@@ -231,7 +231,12 @@ class Repository:
         self._lock.release()
 
     def _remove_leftovers(self) -> None:
-        for name in storage.list_directory(self.root):
+        names = storage.list_directory(self.root)
+        if any(name.startswith(_TRASH) for name in names):
+            # Its writer may have been killed before this: a power cut that takes the rename to
+            # trash back must find the snapshot whole.
+            storage.sync_directory(self.root)
+        for name in names:
             try:
                 if name.startswith((_PARTIAL, _TRASH)):
                     storage.remove_directory(self.root / name)

@@ -1,0 +1,45 @@
+"""What is made durable, and in which order. tests/faults tries the same by what power cuts leave."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pysnap
+from pysnap import storage
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
+    """The calls of storage that make durable or remove, in their order."""
+    made: list[tuple[str, Path]] = []
+
+    def watched(name: str) -> Callable[..., Any]:
+        function = getattr(storage, name)
+
+        def call(path: Path, *arguments: Any) -> Any:
+            made.append((name, path))
+            return function(path, *arguments)
+
+        return call
+
+    for name in ("sync_directory", "remove_directory"):
+        monkeypatch.setattr(storage, name, watched(name))
+    return made
+
+
+def test_trash_of_a_killed_writer_is_durable_before_it_is_unlinked(
+    tmp_path: Path, calls: list[tuple[str, Path]]
+) -> None:
+    """A power cut could bring a removed snapshot back, half empty: reported as damaged."""
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        path = snapshotter.save().wait().path
+    trash = tmp_path / ".trash-dead"
+    os.rename(path, trash)
+    calls.clear()
+    pysnap.Snapshotter(tmp_path, values={"a": 1}).close()
+    assert calls[:2] == [("sync_directory", tmp_path), ("remove_directory", trash)]
