@@ -275,8 +275,14 @@ def _make_root(root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError.wrap(error, f"creating repository {root}", root) from error
-    for path in missing:
-        storage.sync_directory(path.parent)
+    for path in (root, *root.parents[:-1]):
+        try:
+            storage.sync_directory(path.parent)
+        except StorageError:
+            # What was there may be nobody's but an administrator's. It is synced all the same: who
+            # made it may have been killed before that.
+            if path in missing:
+                raise
     # Hidden names may be ours: another process may be making the same repository.
     others = [name for name in storage.list_directory(root) if not name.startswith(".")]
     if others:

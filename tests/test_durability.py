@@ -43,3 +43,31 @@ def test_trash_of_a_killed_writer_is_durable_before_it_is_unlinked(
     calls.clear()
     pysnap.Snapshotter(tmp_path, values={"a": 1}).close()
     assert calls[:2] == [("sync_directory", tmp_path), ("remove_directory", trash)]
+
+
+def test_directories_that_a_killed_process_made_for_a_repository_are_durable(
+    tmp_path: Path, calls: list[tuple[str, Path]]
+) -> None:
+    """A power cut could take the whole repository away, with what `wait()` had acknowledged."""
+    root = tmp_path / "runs" / "gpt"
+    root.mkdir(parents=True)
+    with pysnap.Snapshotter(root, values={"a": 1}) as snapshotter:
+        snapshotter.save().wait()
+    synced = [path for name, path in calls if name == "sync_directory"]
+    assert {root, root.parent, tmp_path} <= set(synced)
+    header = synced.index(root)
+    assert synced.index(root.parent) < header and synced.index(tmp_path) < header
+
+
+def test_directories_above_a_repository_may_be_unreadable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        if path == tmp_path:
+            raise pysnap.StorageError(13, f"syncing directory {path} failed", str(path))
+
+    monkeypatch.setattr(storage, "sync_directory", refuse)
+    (tmp_path / "run").mkdir()
+    pysnap.Snapshotter(tmp_path / "run", values={"a": 1}).close()
+    with pytest.raises(pysnap.StorageError, match="syncing"):
+        pysnap.Snapshotter(tmp_path / "new", values={"a": 1})
