@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import uuid
 from collections.abc import Mapping
@@ -102,7 +101,7 @@ def tell_skipped(path: Path, error: Error) -> str:
 
 def is_snapshot(path: Path) -> bool:
     """Whether a directory is one snapshot (rather than a repository of them)."""
-    return os.path.lexists(path / _MANIFEST)
+    return storage.exists(path / _MANIFEST)
 
 
 def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType({})) -> Listing:
@@ -122,10 +121,18 @@ def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType
             snapshots.append(known.get(path) or Snapshot.open(path))
         except (CorruptError, FormatError, NotFoundError, StorageError) as error:
             # The writer may have deleted it since the directory was listed.
-            if os.path.lexists(path):
+            if not is_gone(path):
                 damaged.append((path, error))
     snapshots.sort(key=lambda snapshot: snapshot.manifest.sequence, reverse=True)
     return Listing(snapshots, damaged)
+
+
+def is_gone(path: Path) -> bool:
+    """Whether nothing is there any more, for certain."""
+    try:
+        return not storage.exists(path)
+    except StorageError:
+        return False
 
 
 def publish(partial: Path, manifest: Manifest, path: Path, notes: Notes | None = None) -> Snapshot:
@@ -268,9 +275,9 @@ def _is_held(path: Path) -> bool:
 
 
 def _make_root(root: Path) -> None:
-    if os.path.lexists(root / _HEADER):
+    if storage.exists(root / _HEADER):
         return
-    missing = [path for path in (root, *root.parents) if not os.path.lexists(path)]
+    missing = [path for path in (root, *root.parents) if not storage.exists(path)]
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -293,7 +300,7 @@ def _make_root(root: Path) -> None:
 
 
 def _make_header(root: Path) -> None:
-    if os.path.lexists(root / _HEADER):
+    if storage.exists(root / _HEADER):
         return
     header = json.dumps({"pysnap": "repository", "format": FORMAT, "id": uuid.uuid4().hex}).encode()
     temporary = root / f"{_NEW_HEADER}{uuid.uuid4().hex}"

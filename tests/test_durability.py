@@ -11,6 +11,7 @@ import pytest
 
 import pysnap
 from pysnap import storage
+from pysnap.repository import list_snapshots
 
 
 @pytest.fixture
@@ -71,3 +72,66 @@ def test_directories_above_a_repository_may_be_unreadable(
     pysnap.Snapshotter(tmp_path / "run", values={"a": 1}).close()
     with pytest.raises(pysnap.StorageError, match="syncing"):
         pysnap.Snapshotter(tmp_path / "new", values={"a": 1})
+
+
+# What the file system does not tell
+
+
+def failing(
+    monkeypatch: pytest.MonkeyPatch, name: str, number: int, where: Callable[[Path], bool]
+) -> None:
+    """Calls of os.`name` on some paths fail with this errno."""
+    function = getattr(os, name)
+
+    def call(path: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(path, (str, Path)) and where(Path(path)):
+            raise OSError(number, os.strerror(number), str(path))
+        return function(path, *arguments, **options)
+
+    monkeypatch.setattr(os, name, call)
+
+
+def test_a_full_disk_does_not_keep_a_repository_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text in the lock file could not be written: opening failed, and the lock stayed taken."""
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        snapshotter.save().wait()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", full)
+        with pysnap.Snapshotter(tmp_path, values={"a": 2}) as snapshotter:
+            assert snapshotter.resume() is not None
+    pysnap.Snapshotter(tmp_path, values={"a": 1}).close()
+
+
+def test_a_snapshot_that_cannot_be_looked_at_is_not_taken_for_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training began anew, without a word, while the file system gave errors."""
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        snapshotter.save().wait()
+    for name in ("open", "lstat"):
+        failing(monkeypatch, name, 116, lambda path: path.parent.name == "step-000000000")
+    failing(monkeypatch, "lstat", 116, lambda path: path.name == "step-000000000")
+    assert len(list_snapshots(tmp_path).damaged) == 1
+    with (
+        pysnap.Snapshotter(tmp_path, values={"a": 2}) as snapshotter,
+        pytest.raises(pysnap.CorruptError, match="none"),
+    ):
+        snapshotter.resume()
+
+
+def test_a_header_that_cannot_be_looked_at_is_not_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pysnap.Snapshotter(tmp_path, values={"a": 1}).close()
+    header = (tmp_path / ".pysnap").read_bytes()
+    with monkeypatch.context() as patch:
+        failing(patch, "lstat", 5, lambda path: path.name == ".pysnap")
+        with pytest.raises(pysnap.StorageError, match="looking for .*Input/output error"):
+            pysnap.Snapshotter(tmp_path, values={"a": 1})
+    assert (tmp_path / ".pysnap").read_bytes() == header
