@@ -282,7 +282,7 @@ class Committer:
     def _retain(self, newest: Snapshot) -> None:
         """A snapshot that cannot be removed does not make the newest one a failure."""
         try:
-            snapshots = self._repository.list().snapshots
+            snapshots = self._repository.durable()
             # One that somebody copied here may have a larger sequence number than the newest.
             held = self._repository.held() | {newest.path}
             for snapshot in removable(snapshots, self._keep, best=self._best, held=held):

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -148,7 +148,13 @@ def publish(partial: Path, manifest: Manifest, path: Path, notes: Notes | None =
     storage.rename(partial, path)
     # Only this makes the rename survive a power cut. Until it returns nobody may count on the
     # snapshot.
-    storage.sync_directory(path.parent)
+    try:
+        storage.sync_directory(path.parent)
+    except BaseException:
+        # Nobody knows whether it does: it is taken back.
+        with contextlib.suppress(StorageError):
+            storage.rename(path, partial)
+        raise
     return Snapshot(path, manifest)
 
 
@@ -163,6 +169,8 @@ def discard(partial: Path) -> None:
     """Remove what a failed snapshot left, as far as that is possible; the next writer removes
     the rest."""
     with contextlib.suppress(StorageError):
+        # It may have been visible: a power cut must not bring it back half empty.
+        storage.sync_directory(partial.parent)
         storage.remove_directory(partial)
 
 
@@ -183,12 +191,16 @@ class Repository:
         try:
             _make_header(root)
             _check_header(root)
+            # What dead writers renamed and did not sync is durable from here on: what became
+            # visible, and what became trash, before it is unlinked.
+            storage.sync_directory(root)
             self._remove_leftovers()
             listing = list_snapshots(root)
         except BaseException:
             self.close()
             raise
         self._known = {snapshot.path: snapshot for snapshot in listing.snapshots}
+        self._uncertain: set[Path] = set()  # visible, perhaps, and not durable
         self._next_sequence = 1
         self._pass_sequences(listing)
 
@@ -203,7 +215,10 @@ class Repository:
 
     def commit(self, partial: Path, manifest: Manifest, notes: Notes) -> Snapshot:
         """Make `partial`, whose packs are durable, the visible and durable snapshot of its step."""
-        snapshot = publish(partial, manifest, self._free_name(manifest.step), notes)
+        path = self._free_name(manifest.step)
+        self._uncertain.add(path)
+        snapshot = publish(partial, manifest, path, notes)
+        self._uncertain.remove(path)
         self._known[snapshot.path] = snapshot
         with contextlib.suppress(StorageError):
             storage.replace_link(self.root / _LATEST, snapshot.path.name)
@@ -215,6 +230,13 @@ class Repository:
         self._known = {snapshot.path: snapshot for snapshot in listing.snapshots}
         self._pass_sequences(listing)
         return listing
+
+    def durable(self) -> Sequence[Snapshot]:
+        """What retention may count: without those that a power cut may take away, because their
+        commit failed and could not be taken back."""
+        return [
+            snapshot for snapshot in self.list().snapshots if snapshot.path not in self._uncertain
+        ]
 
     def _pass_sequences(self, listing: Listing) -> None:
         """What is taken from now on is newer than all that is there, whoever put it there."""
@@ -238,12 +260,7 @@ class Repository:
         self._lock.release()
 
     def _remove_leftovers(self) -> None:
-        names = storage.list_directory(self.root)
-        if any(name.startswith(_TRASH) for name in names):
-            # Its writer may have been killed before this: a power cut that takes the rename to
-            # trash back must find the snapshot whole.
-            storage.sync_directory(self.root)
-        for name in names:
+        for name in storage.list_directory(self.root):
             try:
                 if name.startswith((_PARTIAL, _TRASH)):
                     storage.remove_directory(self.root / name)

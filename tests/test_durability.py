@@ -1,4 +1,5 @@
-"""What is made durable, and in which order. tests/faults tries the same by what power cuts leave."""
+"""What is made durable, in which order, and what is told when that fails. tests/faults tries the same
+by what power cuts leave and by failing every operation."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import pytest
 
 import pysnap
 from pysnap import storage
-from pysnap.repository import list_snapshots
+from pysnap.repository import discard, list_snapshots
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_trash_of_a_killed_writer_is_durable_before_it_is_unlinked(
     os.rename(path, trash)
     calls.clear()
     pysnap.Snapshotter(tmp_path, values={"a": 1}).close()
-    assert calls[:2] == [("sync_directory", tmp_path), ("remove_directory", trash)]
+    assert calls == [("sync_directory", tmp_path), ("remove_directory", trash)]
 
 
 def test_directories_that_a_killed_process_made_for_a_repository_are_durable(
@@ -132,6 +133,104 @@ def test_a_header_that_cannot_be_looked_at_is_not_written_anew(
     header = (tmp_path / ".pysnap").read_bytes()
     with monkeypatch.context() as patch:
         failing(patch, "lstat", 5, lambda path: path.name == ".pysnap")
-        with pytest.raises(pysnap.StorageError, match="looking for .*Input/output error"):
+        with pytest.raises(pysnap.StorageError, match=r"looking for .*Input/output error"):
             pysnap.Snapshotter(tmp_path, values={"a": 1})
     assert (tmp_path / ".pysnap").read_bytes() == header
+
+
+# A commit of which nobody knows whether it is durable
+
+
+def unsynced(
+    monkeypatch: pytest.MonkeyPatch, root: Path, sync: Callable[[Path], None]
+) -> None:
+    """Syncing the repository fails while it holds a snapshot of step 2."""
+
+    def fail(path: Path) -> None:
+        if path == root and any(path.glob("step-*2")):
+            raise pysnap.StorageError(5, f"syncing directory {path} failed: EIO", str(path))
+        sync(path)
+
+    monkeypatch.setattr(storage, "sync_directory", fail)
+
+
+def test_a_commit_that_may_not_be_durable_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was reported as failed and stayed visible; retention counted it and deleted a durable
+    one for it."""
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, keep=pysnap.Keep(last=2)) as snapshotter:
+        for fails in (False, True, False):
+            with snapshotter.step():
+                pass
+            with monkeypatch.context() as patch:
+                unsynced(patch, tmp_path, storage.sync_directory)
+                handle = snapshotter.save()
+                if fails:
+                    with pytest.raises(pysnap.StorageError, match=r"step 2 .*syncing"):
+                        handle.wait()
+                else:
+                    handle.wait()
+        names = sorted(path.name for path in tmp_path.glob("step-*"))
+        assert names == ["step-000000001", "step-000000003"]
+        assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_a_commit_that_cannot_be_taken_back_does_not_count_for_retention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = storage.rename
+
+    def one_way(source: Path, target: Path) -> None:
+        if target.name.startswith(".partial-"):
+            raise pysnap.StorageError(5, f"renaming {source} failed: EIO", str(source))
+        rename(source, target)
+
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, keep=pysnap.Keep(last=2)) as snapshotter:
+        for step in (1, 2, 3):
+            with snapshotter.step():
+                pass
+            with monkeypatch.context() as patch:
+                if step == 2:
+                    unsynced(patch, tmp_path, storage.sync_directory)
+                    patch.setattr(storage, "rename", one_way)
+                handle = snapshotter.save()
+                handle._done.wait()
+                assert (handle.error is not None) == (step == 2)
+    names = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert names == ["step-000000001", "step-000000002", "step-000000003"]
+
+
+def test_a_step_of_which_the_commit_failed_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        snapshotter.progress.step = 2
+        with monkeypatch.context() as patch:
+            unsynced(patch, tmp_path, storage.sync_directory)
+            with pytest.raises(pysnap.StorageError):
+                snapshotter.save().wait()
+        assert snapshotter.save().wait().path.name == "step-000000002"
+        # It counts again.
+        assert [s.step for s in snapshotter._repository.durable()] == [2]
+
+
+def test_a_name_that_became_visible_is_synced_before_it_is_unlinked(
+    tmp_path: Path, calls: list[tuple[str, Path]]
+) -> None:
+    """What a failed commit left: a power cut may bring it back, and it was reported as damaged."""
+    partial = tmp_path / ".partial-dead"
+    partial.mkdir()
+    discard(partial)
+    assert calls == [("sync_directory", tmp_path), ("remove_directory", partial)]
+
+
+def test_the_error_of_a_handle_names_the_step(tmp_path: Path) -> None:
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        snapshotter.progress.step = 7
+        os.rename(tmp_path, tmp_path.with_suffix(".away"))
+        with pytest.raises(pysnap.StorageError, match="the snapshot of step 7 failed: ") as caught:
+            snapshotter.save().wait()
+        os.rename(tmp_path.with_suffix(".away"), tmp_path)
+        assert caught.value.errno == 2 and str(tmp_path) in str(caught.value.filename)
+        snapshotter.save().wait()
