@@ -202,6 +202,7 @@ class Repository:
         self._known = {snapshot.path: snapshot for snapshot in listing.snapshots}
         self._uncertain: set[Path] = set()  # visible, perhaps, and not durable
         self._next_sequence = 1
+        self._unread = False  # a manifest could not be read when the repository was listed
         self._pass_sequences(listing)
 
     def begin(self) -> Path:
@@ -209,7 +210,10 @@ class Repository:
         return new_partial(self.root)
 
     def next_sequence(self) -> int:
-        """The sequence number of the next snapshot."""
+        """The sequence number of the next snapshot. Raises StorageError."""
+        if self._unread:
+            # The newest may be among what could not be read: perhaps the disk is well again.
+            self.list()
         sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
         return sequence
 
@@ -240,6 +244,7 @@ class Repository:
 
     def _pass_sequences(self, listing: Listing) -> None:
         """What is taken from now on is newer than all that is there, whoever put it there."""
+        self._unread = any(isinstance(error, StorageError) for _, error in listing.damaged)
         newest = max((snapshot.manifest.sequence for snapshot in listing.snapshots), default=0)
         self._next_sequence = max(self._next_sequence, newest + 1)
 

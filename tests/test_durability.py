@@ -234,3 +234,19 @@ def test_the_error_of_a_handle_names_the_step(tmp_path: Path) -> None:
         os.rename(tmp_path.with_suffix(".away"), tmp_path)
         assert caught.value.errno == 2 and str(tmp_path) in str(caught.value.filename)
         snapshotter.save().wait()
+
+
+def test_a_manifest_that_cannot_be_read_at_the_beginning_does_not_become_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the disk gave errors, a run began to count its snapshots anew; later, the old ones were
+    taken for newer ones, resumed from and kept."""
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        snapshotter.save().wait()
+        snapshotter.save().wait()
+    with monkeypatch.context() as patch:
+        failing(patch, "open", 5, lambda path: path.name == "manifest.json")
+        snapshotter = pysnap.Snapshotter(tmp_path, values={"a": 1})
+    with snapshotter:
+        newest = snapshotter.save().wait().path
+    assert list_snapshots(tmp_path).snapshots[0].path == newest
