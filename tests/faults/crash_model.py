@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -55,7 +55,7 @@ class File:
 
     def sync(self) -> None:
         done = [update for update in self.pending if update not in self.lost_cause]
-        self.durable = _content(self.durable, done, lambda _: "kept", random.Random(0))
+        self.durable = _content(self.durable, done, {}, seed=0)
         self.pending = [update for update in self.pending if update in self.lost_cause]
 
     def fail_sync(self) -> None:
@@ -85,8 +85,8 @@ class Link:
 
 Node: TypeAlias = "File | Directory | Link"
 Item: TypeAlias = "Write | Resize | Change"
-Fate: TypeAlias = "Callable[[Item], str]"
-"""Of something that was not synced: `kept`, `lost`, or of a Write `torn` or `zero`."""
+Fates: TypeAlias = "dict[Item, str]"
+"""Of what was not synced: `lost`, of a Write also `torn` or `zero`; all else is kept."""
 
 
 def _change(entries: dict[str, Node], change: Change) -> None:
@@ -96,11 +96,12 @@ def _change(entries: dict[str, Node], change: Change) -> None:
 
 
 def _content(
-    durable: bytes, pending: Sequence[Write | Resize], fate: Fate, chance: random.Random
+    durable: bytes, pending: Sequence[Write | Resize], fates: Fates, *, seed: int
 ) -> bytes:
+    chance = random.Random(seed)
     content = bytearray(durable)
     for update in pending:
-        what = fate(update)
+        what = fates.get(update)
         if what == "lost":
             continue
         if isinstance(update, Resize):
@@ -112,7 +113,7 @@ def _content(
         end = update.offset + len(update.data)
         if end > len(content):
             content.extend(bytes(end - len(content)))
-        if what == "kept":
+        if what is None:
             content[update.offset : end] = update.data
         elif what == "zero":
             content[update.offset : end] = bytes(len(update.data))
@@ -176,21 +177,21 @@ class FileSystem:
         walk(self._top)
         return found
 
-    def tree(self, fate: Fate, seed: int) -> Tree:
-        """What is on the disk when everything pending has this fate."""
+    def tree(self, fates: Fates, seed: int) -> Tree:
+        """What is on the disk when what is pending has these fates."""
         result: Tree = {}
 
         def walk(node: Node, path: str) -> None:
             if isinstance(node, Link):
                 result[path] = node.text
             elif isinstance(node, File):
-                result[path] = self._content(node, fate, seed)
+                result[path] = self._content(node, fates, seed)
             else:
                 if path:
                     result[path] = None
                 entries = dict(node.durable)
                 for change in node.pending:
-                    if fate(change) == "kept":
+                    if change not in fates:
                         _change(entries, change)
                 for name, child in entries.items():
                     walk(child, f"{path}/{name}" if path else name)
@@ -198,13 +199,13 @@ class FileSystem:
         walk(self._top, "")
         return result
 
-    def _content(self, file: File, fate: Fate, seed: int) -> bytes:
+    def _content(self, file: File, fates: Fates, seed: int) -> bytes:
         if not file.pending:
             return file.durable
-        fates = tuple(fate(update) for update in file.pending)
-        key = (file, file.durable, len(file.pending), fates, seed if "torn" in fates else 0)
+        own = tuple(fates.get(update) for update in file.pending)
+        key = (file, file.durable, own, seed if "torn" in own else 0)
         if key not in self._contents:
-            self._contents[key] = _content(file.durable, file.pending, fate, random.Random(seed))
+            self._contents[key] = _content(file.durable, file.pending, fates, seed=seed)
         return self._contents[key]
 
     def _place(self, path: str) -> tuple[Directory, str]:
@@ -334,7 +335,7 @@ def crash_states(root: str, log: Sequence[Operation], *, seed: int, mixes: int) 
         elif not file_system.apply(operation):
             continue
         for number, fates in enumerate(_fates(file_system.items(), seed + position, mixes)):
-            tree = file_system.tree(lambda item, fates=fates: fates.get(item, "kept"), seed + number)
+            tree = file_system.tree(fates, seed + number)
             key = hash((frozenset(tree.items()), len(marks)))
             if key not in seen:
                 seen.add(key)
@@ -343,24 +344,21 @@ def crash_states(root: str, log: Sequence[Operation], *, seed: int, mixes: int) 
     return states
 
 
-def _fates(items: list[Item], seed: int, mixes: int) -> Iterator[dict[Item, str]]:
+def _fates(items: list[Item], seed: int, mixes: int) -> Iterator[Fates]:
     lost = dict.fromkeys(items, "lost")
     yield {}
     yield lost
     for index, item in enumerate(items):
         yield {item: "lost"}
-        yield {**lost, item: "kept"}
-        yield {**lost, **dict.fromkeys(items[:index], "kept")}
+        yield {other: "lost" for other in items if other is not item}
+        yield dict.fromkeys(items[index:], "lost")
         if isinstance(item, Write):
             yield {item: "torn"}
             yield {item: "zero"}
     chance = random.Random(seed)
     for _ in range(mixes if len(items) > 1 else 0):
         yield {
-            item: chance.choice(
-                ("kept", "kept", "lost", "torn", "zero")
-                if isinstance(item, Write)
-                else ("kept", "lost")
-            )
+            item: chance.choice(("lost", "torn", "zero")) if isinstance(item, Write) else "lost"
             for item in items
+            if chance.random() < 0.5
         }

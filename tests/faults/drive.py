@@ -17,6 +17,7 @@ from typing import Any
 import planted
 import torch
 from crash_model import CrashState, crash_states
+from injection import Run, injections, make_template
 from oracle import Book, examine, examine_files, go_on, silence
 from shim import Shim
 from workloads import FILES, REPOSITORY, WORKLOADS, marks_to
@@ -71,9 +72,30 @@ def _try_state(state: CrashState, place: Path) -> list[str]:
     return problems or go_on(place / REPOSITORY, book)
 
 
+def inject(
+    folder: str, everything: bool, existing: bool, shard: int, shards: int, bug: str | None = None
+) -> dict[str, Any]:
+    """Fail every operation of a training run, in every way."""
+    shim = Shim()
+    own = Path(folder) / f"inject-{shard}"
+    own.mkdir()
+    template = make_template(own / "template") if existing else None
+    operations = Run(shim, own / "rehearsal", template).rehearse()
+    plan = list(injections(operations, everything=everything))[shard::shards]
+    violations = []
+    for injection in plan:
+        place = own / "trial"
+        problems = Run(shim, place, template).under(injection)
+        named = f"{injection} ({operations[injection.first - 1] if not injection.kind else ''})"
+        violations += [f"{named}: {problem}" for problem in problems]
+        shutil.rmtree(place)
+    return {"trials": len(plan), "violations": violations, "operations": len(operations)}
+
+
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "record": record,
     "check_states": check_states,
+    "inject": inject,
 }
 
 

@@ -26,14 +26,14 @@ class Driver:
 
     def run(self, command: str, *, timeout: float = 1800, **arguments: Any) -> dict[str, Any]:
         """One process under the shim; its answer."""
-        return self._answer(self._start(command, self.scratch, arguments), timeout)
+        return self._answer(self._start(command, arguments), timeout)
 
     def run_shares(self, command: str, *, timeout: float = 1800, **arguments: Any) -> Result:
         """As many processes as there are cores, each with its share of the trials."""
         shards = len(os.sched_getaffinity(0))
         processes = [
             self._start(
-                command, self.scratch, {**arguments, "shard": shard, "shards": shards}
+                command, {**arguments, "shard": shard, "shards": shards}
             )
             for shard in range(shards)
         ]
@@ -41,11 +41,12 @@ class Driver:
         violations = [text for answer in answers for text in answer["violations"]]
         return Result(sum(answer["trials"] for answer in answers), violations, answers)
 
-    def _start(
-        self, command: str, folder: Path, arguments: dict[str, Any]
-    ) -> subprocess.Popen[bytes]:
+    def _start(self, command: str, arguments: dict[str, Any]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, str(PROGRAM), command, json.dumps({"folder": str(folder), **arguments})],
+            [
+                *(sys.executable, str(PROGRAM), command),
+                json.dumps({"folder": str(self.scratch), **arguments}),
+            ],
             env=os.environ | _SETTINGS | {"LD_PRELOAD": str(self.library)},
             stdout=subprocess.PIPE,
         )

@@ -113,12 +113,7 @@ def examine(root: Path, book: Book) -> list[str]:
         return [f"acknowledged snapshots are gone: {error}"] if book.acked else []
     except pysnap.Error as error:
         return [f"it cannot be listed: {error}"]
-    problems = [f"{path.name} is reported as damaged: {error}" for path, error in listing.damaged]
-    present = {}
-    for snapshot in listing.snapshots:
-        number, found = _read(snapshot)
-        problems += found
-        present[number] = snapshot
+    present, problems = read_all(listing)
     must, may = book.bounds(set(present))
     problems += [f"acknowledged, and not there: {number}" for number in sorted(must - set(present))]
     problems += [f"there, and may not be: {number}" for number in sorted(set(present) - may)]
@@ -138,6 +133,17 @@ def _read(snapshot: Snapshot) -> tuple[int, list[str]]:
     if not is_state_of(state, number):
         problems.append(f"{snapshot.path.name} is not the state of attempt {number}")
     return number, problems
+
+
+def read_all(listing: Listing) -> tuple[dict[int, Snapshot], list[str]]:
+    """What is listed, newest first, by the number of its attempt, and what is wrong with it."""
+    problems = [f"{path.name} is reported as damaged: {error}" for path, error in listing.damaged]
+    present = {}
+    for snapshot in listing.snapshots:
+        number, found = _read(snapshot)
+        problems += found
+        present[number] = snapshot
+    return present, problems
 
 
 def examine_files(folder: Path, book: Book) -> list[str]:

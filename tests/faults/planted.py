@@ -1,5 +1,5 @@
-"""Planted bugs: each breaks one rule of the commit, without a hook in pysnap. A harness that does not
-find those it is there for is broken itself."""
+"""Planted bugs: each breaks one rule of the commit, without a hook in pysnap. A harness that does
+not find those it is there for is broken itself."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Real use of pysnap, written into the book as it goes: what the harnesses record, fail and kill."""
+"""Real use of pysnap that writes a book as it goes: what the harnesses record, fail and kill."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -29,6 +30,8 @@ class Writer:
         self, folder: Path, note: Note, *, first: int = 1, last: int | None = None, workers: int = 1
     ) -> None:
         self._note = note
+        self.error: BaseException | None = None
+        """Why the last snapshot failed."""
         self._numbers = itertools.count(first)
         self._model = {name: tensor.clone() for name, tensor in state_of(0).items()}
         note("keep", last)
@@ -43,10 +46,8 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with contextlib.suppress(pysnap.Error):
             self.snapshotter.close()
-        except pysnap.Error:
-            pass
 
     def save(self, *, tag: str = "", advance: bool = True) -> int:
         """A step with a new state, and a snapshot of it; the attempt's number."""
@@ -57,12 +58,14 @@ class Writer:
         else:
             self.fill(number)
         self._note("asked", (number, self.snapshotter.progress.step, bool(tag)))
+        handle = self.snapshotter.save(tag=tag or ())
         try:
-            self.snapshotter.save(tag=tag or ()).wait()
-        except pysnap.Error:
+            handle.wait()
+        except Exception:
             self._note("failed", number)
         else:
             self._note("durable", number)
+        self.error = handle.error
         return number
 
     def fill(self, number: int) -> None:

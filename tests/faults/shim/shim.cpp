@@ -222,7 +222,7 @@ std::optional<Fault> fault_for(const Operation& operation) {
 
 std::size_t half(std::size_t size) {
   // Direct I/O takes whole pages.
-  return size > 4096 ? size / 2 / 4096 * 4096 : size / 2;
+  return size >= 8192 ? size / 2 / 4096 * 4096 : size / 2;
 }
 
 // Does one operation, with the fault that is due. `perform(length)` is the real call, of `length`
