@@ -282,7 +282,7 @@ class Committer:
     def _retain(self, newest: Snapshot) -> None:
         """A snapshot that cannot be removed does not make the newest one a failure."""
         try:
-            snapshots = self._repository.list().snapshots
+            snapshots = self._repository.durable()
             # One that somebody copied here may have a larger sequence number than the newest.
             held = self._repository.held() | {newest.path}
             for snapshot in removable(snapshots, self._keep, best=self._best, held=held):
@@ -297,11 +297,12 @@ class Committer:
             _log.error("an old snapshot could not be removed: %s", error)
 
     def _fail(self, handle: Handle, error: BaseException) -> None:
-        handle._error = error
+        doing = f"the snapshot of step {handle.step} failed: "
+        handle._error = error.behind(doing) if isinstance(error, Error) else error
         with self._lock:
             self._stats.failed += 1
         try:
-            _log.error("the snapshot of step %d failed: %s", handle.step, error)
+            _log.error("%s%s", doing, error)
         finally:
             handle._staged.set()
             handle._capture = None

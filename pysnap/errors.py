@@ -8,6 +8,12 @@ import os
 class Error(Exception):
     """Base class of all errors of pysnap."""
 
+    def behind(self, beginning: str) -> Error:
+        """The same error, of which the sentence begins with `beginning`; this one is its cause."""
+        error = type(self)(f"{beginning}{self}")
+        error.__cause__ = self
+        return error
+
 
 class ConfigError(Error, ValueError):
     """A setting is unknown or malformed; the message names the argument or the environment
@@ -24,6 +30,12 @@ class StorageError(Error, OSError):
     def __str__(self) -> str:
         # The sentence names the path already, which OSError would repeat.
         return f"{self.strerror} (errno {self.errno})"
+
+    def behind(self, beginning: str) -> StorageError:
+        """See Error."""
+        error = type(self)(self.errno, f"{beginning}{self.strerror}", self.filename)
+        error.__cause__ = self
+        return error
 
     @classmethod
     def wrap(cls, error: OSError, doing: str, path: str | os.PathLike[str]) -> StorageError:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pysnap import storage
 from pysnap.capture import Stager
 from pysnap.config import Config
 from pysnap.errors import ConfigError, CorruptError, NotFoundError, StorageError
@@ -15,6 +16,7 @@ from pysnap.manifest import plain_json
 from pysnap.repository import (
     Snapshot,
     discard,
+    is_gone,
     is_snapshot,
     list_snapshots,
     new_partial,
@@ -42,7 +44,7 @@ def save(
     """
     described = plain_json(metadata or {})
     target = Path(path).absolute()
-    if os.path.lexists(target):
+    if storage.exists(target):
         raise StorageError(17, f"{target} exists; choose a new name", str(target))
     stager = Stager(Config.resolve())
     try:
@@ -107,7 +109,7 @@ def _newest(path: str | os.PathLike[str], read: Callable[[Snapshot], _Read]) -> 
                 return read(snapshot)
             except (CorruptError, StorageError) as error:
                 # The writer's retention may have removed it since it was listed.
-                if os.path.lexists(snapshot.path):
+                if not is_gone(snapshot.path):
                     skipped.append(tell_skipped(snapshot.path, error))
         if len(skipped) == len(listing.damaged) + len(listing.snapshots):
             break

@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -102,7 +101,7 @@ def tell_skipped(path: Path, error: Error) -> str:
 
 def is_snapshot(path: Path) -> bool:
     """Whether a directory is one snapshot (rather than a repository of them)."""
-    return os.path.lexists(path / _MANIFEST)
+    return storage.exists(path / _MANIFEST)
 
 
 def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType({})) -> Listing:
@@ -122,10 +121,18 @@ def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType
             snapshots.append(known.get(path) or Snapshot.open(path))
         except (CorruptError, FormatError, NotFoundError, StorageError) as error:
             # The writer may have deleted it since the directory was listed.
-            if os.path.lexists(path):
+            if not is_gone(path):
                 damaged.append((path, error))
     snapshots.sort(key=lambda snapshot: snapshot.manifest.sequence, reverse=True)
     return Listing(snapshots, damaged)
+
+
+def is_gone(path: Path) -> bool:
+    """Whether nothing is there any more, for certain."""
+    try:
+        return not storage.exists(path)
+    except StorageError:
+        return False
 
 
 def publish(partial: Path, manifest: Manifest, path: Path, notes: Notes | None = None) -> Snapshot:
@@ -141,7 +148,13 @@ def publish(partial: Path, manifest: Manifest, path: Path, notes: Notes | None =
     storage.rename(partial, path)
     # Only this makes the rename survive a power cut. Until it returns nobody may count on the
     # snapshot.
-    storage.sync_directory(path.parent)
+    try:
+        storage.sync_directory(path.parent)
+    except BaseException:
+        # Nobody knows whether it does: it is taken back.
+        with contextlib.suppress(StorageError):
+            storage.rename(path, partial)
+        raise
     return Snapshot(path, manifest)
 
 
@@ -156,6 +169,8 @@ def discard(partial: Path) -> None:
     """Remove what a failed snapshot left, as far as that is possible; the next writer removes
     the rest."""
     with contextlib.suppress(StorageError):
+        # It may have been visible: a power cut must not bring it back half empty.
+        storage.sync_directory(partial.parent)
         storage.remove_directory(partial)
 
 
@@ -176,13 +191,18 @@ class Repository:
         try:
             _make_header(root)
             _check_header(root)
+            # What dead writers renamed and did not sync is durable from here on: what became
+            # visible, and what became trash, before it is unlinked.
+            storage.sync_directory(root)
             self._remove_leftovers()
             listing = list_snapshots(root)
         except BaseException:
             self.close()
             raise
         self._known = {snapshot.path: snapshot for snapshot in listing.snapshots}
+        self._uncertain: set[Path] = set()  # visible, perhaps, and not durable
         self._next_sequence = 1
+        self._unread = False  # a manifest could not be read when the repository was listed
         self._pass_sequences(listing)
 
     def begin(self) -> Path:
@@ -190,13 +210,19 @@ class Repository:
         return new_partial(self.root)
 
     def next_sequence(self) -> int:
-        """The sequence number of the next snapshot."""
+        """The sequence number of the next snapshot. Raises StorageError."""
+        if self._unread:
+            # The newest may be among what could not be read: perhaps the disk is well again.
+            self.list()
         sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
         return sequence
 
     def commit(self, partial: Path, manifest: Manifest, notes: Notes) -> Snapshot:
         """Make `partial`, whose packs are durable, the visible and durable snapshot of its step."""
-        snapshot = publish(partial, manifest, self._free_name(manifest.step), notes)
+        path = self._free_name(manifest.step)
+        self._uncertain.add(path)
+        snapshot = publish(partial, manifest, path, notes)
+        self._uncertain.remove(path)
         self._known[snapshot.path] = snapshot
         with contextlib.suppress(StorageError):
             storage.replace_link(self.root / _LATEST, snapshot.path.name)
@@ -209,8 +235,16 @@ class Repository:
         self._pass_sequences(listing)
         return listing
 
+    def durable(self) -> Sequence[Snapshot]:
+        """What retention may count: without those that a power cut may take away, because their
+        commit failed and could not be taken back."""
+        return [
+            snapshot for snapshot in self.list().snapshots if snapshot.path not in self._uncertain
+        ]
+
     def _pass_sequences(self, listing: Listing) -> None:
         """What is taken from now on is newer than all that is there, whoever put it there."""
+        self._unread = any(isinstance(error, StorageError) for _, error in listing.damaged)
         newest = max((snapshot.manifest.sequence for snapshot in listing.snapshots), default=0)
         self._next_sequence = max(self._next_sequence, newest + 1)
 
@@ -263,15 +297,21 @@ def _is_held(path: Path) -> bool:
 
 
 def _make_root(root: Path) -> None:
-    if os.path.lexists(root / _HEADER):
+    if storage.exists(root / _HEADER):
         return
-    missing = [path for path in (root, *root.parents) if not os.path.lexists(path)]
+    missing = [path for path in (root, *root.parents) if not storage.exists(path)]
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError.wrap(error, f"creating repository {root}", root) from error
-    for path in missing:
-        storage.sync_directory(path.parent)
+    for path in (root, *root.parents[:-1]):
+        try:
+            storage.sync_directory(path.parent)
+        except StorageError:
+            # What was there may be nobody's but an administrator's. It is synced all the same: who
+            # made it may have been killed before that.
+            if path in missing:
+                raise
     # Hidden names may be ours: another process may be making the same repository.
     others = [name for name in storage.list_directory(root) if not name.startswith(".")]
     if others:
@@ -282,7 +322,7 @@ def _make_root(root: Path) -> None:
 
 
 def _make_header(root: Path) -> None:
-    if os.path.lexists(root / _HEADER):
+    if storage.exists(root / _HEADER):
         return
     header = json.dumps({"pysnap": "repository", "format": FORMAT, "id": uuid.uuid4().hex}).encode()
     temporary = root / f"{_NEW_HEADER}{uuid.uuid4().hex}"

@@ -46,7 +46,8 @@ def write_file(path: Path, data: bytes) -> None:
                 left = left[written:]
             os.fsync(descriptor)
         except BaseException:
-            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
             raise
         os.close(descriptor)
 
@@ -80,7 +81,7 @@ def sync_directory(path: Path) -> None:
 def rename(source: Path, target: Path) -> None:
     """Rename a file or directory; `target` must not exist (the caller holds the writer lock)."""
     with _told(f"renaming {source.name} to", target):
-        if os.path.lexists(target):
+        if exists(target):
             raise FileExistsError(17, "it exists")
         os.rename(source, target)
 
@@ -93,6 +94,17 @@ def replace_link(path: Path, target: str) -> None:
             os.unlink(temporary)
         os.symlink(target, temporary)
         os.replace(temporary, path)
+
+
+def exists(path: Path) -> bool:
+    """Whether something has this name, be it a link that leads nowhere. What cannot be told is a
+    StorageError, not a no."""
+    with _told("looking for", path):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
 
 def list_directory(path: Path) -> list[str]:
@@ -134,7 +146,7 @@ class WriterLock:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(self._descriptor, 200, 0).decode("utf-8", "replace").strip()
+            holder = self._holder()
             self.release()
             raise BusyError(
                 f"{path.parent} is in use by another writer ({holder or 'unknown'}); "
@@ -143,7 +155,8 @@ class WriterLock:
         except OSError as error:
             self.release()
             raise StorageError.wrap(error, f"locking {path}", path) from error
-        with _told("writing", path):
+        # For people: a full disk is no reason not to resume.
+        with contextlib.suppress(OSError):
             os.ftruncate(self._descriptor, 0)
             os.pwrite(
                 self._descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0
@@ -151,8 +164,17 @@ class WriterLock:
         # A forked worker shares the lock and would keep it when this process is killed.
         os.register_at_fork(after_in_child=self.release)
 
+    def _holder(self) -> str:
+        assert self._descriptor is not None
+        try:
+            return os.pread(self._descriptor, 200, 0).decode("utf-8", "replace").strip()
+        except OSError:
+            return ""
+
     def release(self) -> None:
         """Give the lock back; safe to repeat."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            os.close(descriptor)
+            # Linux closes it whatever it says, and nothing in the file matters.
+            with contextlib.suppress(OSError):
+                os.close(descriptor)

@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import shim
+from driving import Driver
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # support.py
 
@@ -39,6 +44,22 @@ def pytest_configure(config: pytest.Config) -> None:
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether all trials are wanted."""
     return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shim, built."""
+    return shim.build(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture
+def driver(library: Path) -> Iterator[Driver]:
+    """Starts drive.py; its directories are in memory where that is possible."""
+    memory = Path("/dev/shm")
+    usable = memory.is_dir() and os.access(memory, os.W_OK)
+    folder = tempfile.mkdtemp(prefix="pysnap-faults-", dir=memory if usable else None)
+    yield Driver(library, Path(folder))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class Count:
