@@ -24,9 +24,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from state import State
 
 from pysnap import _engine, tree
-from pysnap.capture import zstd_libraries
 from pysnap.layout import Leaf, Plan, Planner
 from pysnap.manifest import Manifest
+from pysnap.zstd import zstd_libraries
 
 PARAMETERS = 8_000_000
 CHUNK_SIZE = 4 * 2**20

@@ -4,10 +4,7 @@ manifest."""
 from __future__ import annotations
 
 import datetime
-import glob
-import importlib.util
 import logging
-import os
 import threading
 import uuid
 from collections.abc import Collection, Iterable
@@ -23,20 +20,12 @@ from pysnap.errors import TornError
 from pysnap.layout import HOST, Leaf, Plan, Planner, current_streams
 from pysnap.manifest import Manifest
 from pysnap.memory import available_memory
+from pysnap.zstd import zstd_libraries
 
 _log = logging.getLogger("pysnap")
 
 _POLL_SECONDS = 0.02
 _NAMES_SHOWN = 3
-
-
-def zstd_libraries() -> list[str]:
-    """Where libzstd may be: the system's, else the copy inside the zstandard package."""
-    names = ["libzstd.so.1"]
-    package = importlib.util.find_spec("zstandard")
-    if package is not None and package.origin is not None:
-        names += glob.glob(os.path.join(os.path.dirname(package.origin), "_cffi*.so"))
-    return names
 
 
 class Stager:

@@ -25,9 +25,10 @@ from pysnap.notes import Notes
 
 _log = logging.getLogger("pysnap")
 
+MANIFEST = "manifest.json"
+
 _HEADER = ".pysnap"
 _LOCK = ".writer"
-_MANIFEST = "manifest.json"
 _LATEST = "latest"
 _PARTIAL = ".partial-"
 _TRASH = ".trash-"
@@ -49,12 +50,12 @@ class Snapshot:
     def open(cls, path: Path) -> Snapshot:
         """Read the manifest of a snapshot directory. Raises NotFoundError, CorruptError,
         FormatError or StorageError."""
-        file = path / _MANIFEST
+        file = path / MANIFEST
         try:
             data = storage.read_file(file, _LARGEST_MANIFEST)
         except StorageError as error:
             if error.errno == 2:
-                raise NotFoundError(f"{path} is no snapshot: it holds no {_MANIFEST}") from None
+                raise NotFoundError(f"{path} is no snapshot: it holds no {MANIFEST}") from None
             raise
         return cls(path, Manifest.from_bytes(data, str(file)))
 
@@ -102,7 +103,7 @@ def tell_skipped(path: Path, error: Error) -> str:
 
 def is_snapshot(path: Path) -> bool:
     """Whether a directory is one snapshot (rather than a repository of them)."""
-    return os.path.lexists(path / _MANIFEST)
+    return os.path.lexists(path / MANIFEST)
 
 
 def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType({})) -> Listing:
@@ -111,21 +112,32 @@ def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType
     The manifest of a `known` snapshot is not read again. Raises NotFoundError where there is no
     repository and FormatError where it has an unknown format.
     """
-    _check_header(root)
+    check_header(root)
     snapshots: list[Snapshot] = []
     damaged: list[tuple[Path, Error]] = []
-    for name in storage.list_directory(root):
-        if _SNAPSHOT_NAME.fullmatch(name) is None:
-            continue
+    for name in snapshot_names(root):
         path = root / name
         try:
-            snapshots.append(known.get(path) or Snapshot.open(path))
+            snapshots.append(known.get(path) or open_listed(path))
         except (CorruptError, FormatError, NotFoundError, StorageError) as error:
             # The writer may have deleted it since the directory was listed.
             if os.path.lexists(path):
                 damaged.append((path, error))
     snapshots.sort(key=lambda snapshot: snapshot.manifest.sequence, reverse=True)
     return Listing(snapshots, damaged)
+
+
+def snapshot_names(root: Path) -> list[str]:
+    """Names in a repository that are those of snapshots, sorted."""
+    return [name for name in storage.list_directory(root) if _SNAPSHOT_NAME.fullmatch(name)]
+
+
+def open_listed(path: Path) -> Snapshot:
+    """`Snapshot.open` of what was found in a repository: a link could lead out of it, and is
+    refused with a CorruptError."""
+    if os.path.islink(path):
+        raise CorruptError(f"{path} is a link, not the directory of a snapshot; remove it")
+    return Snapshot.open(path)
 
 
 def publish(partial: Path, manifest: Manifest, path: Path, notes: Notes | None = None) -> Snapshot:
@@ -135,7 +147,7 @@ def publish(partial: Path, manifest: Manifest, path: Path, notes: Notes | None =
         storage.write_file(partial / NOTES_FILE, notes.to_bytes())
     # The manifest is written after the packs it names, and the directory's names after the files
     # they name.
-    storage.write_file(partial / _MANIFEST, manifest.to_bytes())
+    storage.write_file(partial / MANIFEST, manifest.to_bytes())
     storage.sync_directory(partial)
     # Before the rename there is no snapshot, after it there is a whole one.
     storage.rename(partial, path)
@@ -175,7 +187,7 @@ class Repository:
         self._lock = storage.WriterLock(root / _LOCK)
         try:
             _make_header(root)
-            _check_header(root)
+            check_header(root)
             self._remove_leftovers()
             listing = list_snapshots(root)
         except BaseException:
@@ -291,7 +303,9 @@ def _make_header(root: Path) -> None:
     storage.sync_directory(root)
 
 
-def _check_header(root: Path) -> None:
+def check_header(root: Path) -> None:
+    """Raise NotFoundError where there is no repository, CorruptError or StorageError where its
+    header cannot be read, FormatError where it has an unknown format."""
     file = root / _HEADER
     try:
         data = storage.read_file(file, _LARGEST_HEADER)

@@ -67,6 +67,15 @@ def read_file(path: Path, limit: int) -> bytes:
             os.close(descriptor)
 
 
+def file_size(path: Path) -> int:
+    """Length of a regular file; links and everything else are refused, as by `read_file`."""
+    with _told("opening", path):
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(22, "it is not a regular file")
+        return status.st_size
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
     with _told("syncing directory", path):

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "pysnap"
 # A module may import those of the layers below its own, and those it names beside it.
 LAYERS: list[dict[str, set[str]]] = [
     {"errors": set(), "_version": set(), "memory": set(), "devices": set(), "reader": set()},
+    {"dtypes": set(), "paths": set(), "zstd": set()},
     {
         "config": set(),
         "cadence": set(),
@@ -28,6 +29,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "provenance": set(),
     },
     {"layout": set(), "repository": set(), "overlay": set()},
+    {"verify": set()},
     {"capture": set(), "best": set()},
     {"retention": set(), "which": set()},
     {"restore": set()},
@@ -96,6 +98,7 @@ def test_modules_import_only_what_lies_below(name: str) -> None:
         "pysnap.storage",
         "pysnap.repository",
         "pysnap.manifest",
+        "pysnap.verify",
     ],
 )
 def test_loads_without_torch(module: str, tmp_path: Path) -> None:
