@@ -7,13 +7,13 @@ import os
 _MOST_SHOWN = 200
 
 
-def printable(text: str) -> str:
+def printable(text: str, most: int = _MOST_SHOWN) -> str:
     """`text`, which somebody else wrote, for a message: without characters that could upset a
-    terminal or a log, and not too long."""
+    terminal or a log, and cut to `most` characters."""
     shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_MOST_SHOWN]
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most]
     )
-    return shown if len(text) <= _MOST_SHOWN else shown + "..."
+    return shown if len(text) <= most else shown + "..."
 
 
 class Error(Exception):

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pysnap import storage
-from pysnap.errors import CorruptError, Error, FormatError, NotFoundError, StorageError
+from pysnap.errors import CorruptError, Error, FormatError, NotFoundError, StorageError, printable
 from pysnap.manifest import FORMAT, Manifest
 from pysnap.notes import FILE as NOTES_FILE
 from pysnap.notes import Notes
@@ -288,7 +288,7 @@ def _make_root(root: Path) -> None:
     others = [name for name in storage.list_directory(root) if not name.startswith(".")]
     if others:
         raise NotFoundError(
-            f"{root} is no repository and holds other files, such as {others[0]}; "
+            f"{root} is no repository and holds other files, such as {printable(others[0])}; "
             "choose a new or empty directory"
         )
 
@@ -316,12 +316,12 @@ def check_header(root: Path) -> None:
     try:
         header = json.loads(data)
         format_number = header["format"] if header["pysnap"] == "repository" else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CorruptError(
             f"{file} is damaged; restore it from another repository of the same format"
         ) from None
-    if format_number != FORMAT:
+    if type(format_number) is not int or format_number != FORMAT:
         raise FormatError(
-            f"{root} has format {format_number!r}, this version of pysnap reads format {FORMAT}; "
-            "use a newer pysnap"
+            f"{root} has format {format_number!r:.80}, this version of pysnap reads format "
+            f"{FORMAT}; use a newer pysnap"
         )

@@ -13,7 +13,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from pysnap.errors import BusyError, StorageError
+from pysnap.errors import BusyError, StorageError, printable
+
+_LONGEST_PATH = 4096
 
 
 @contextlib.contextmanager
@@ -21,7 +23,11 @@ def _told(doing: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError.wrap(error, f"{doing} {path}", path) from error
+        raise _told_of(error, doing, path) from error
+
+
+def _told_of(error: OSError, doing: str, path: Path) -> StorageError:
+    return StorageError.wrap(error, f"{doing} {printable(str(path), _LONGEST_PATH)}", path)
 
 
 def make_directory(path: Path) -> None:
@@ -138,27 +144,40 @@ class WriterLock:
         self._path = path
         with _told("opening", path):
             self._descriptor: int | None = os.open(
-                path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+                path,
+                os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK,
+                0o600,
             )
         try:
+            self._check_file()
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(self._descriptor, 200, 0).decode("utf-8", "replace").strip()
             self.release()
             raise BusyError(
-                f"{path.parent} is in use by another writer ({holder or 'unknown'}); "
+                f"{path.parent} is in use by another writer ({printable(holder) or 'unknown'}); "
                 "end it or use another repository"
             ) from None
         except OSError as error:
             self.release()
-            raise StorageError.wrap(error, f"locking {path}", path) from error
-        with _told("writing", path):
+            raise _told_of(error, "locking", path) from error
+        try:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(
                 self._descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0
             )
+        except OSError as error:
+            self.release()
+            raise _told_of(error, "writing", path) from error
         # A forked worker shares the lock and would keep it when this process is killed.
         os.register_at_fork(after_in_child=self.release)
+
+    def _check_file(self) -> None:
+        assert self._descriptor is not None
+        status = os.fstat(self._descriptor)
+        # It is written: a hard link could lead to a file of somebody else's.
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise OSError(22, "it is not a regular file of its own; remove it")
 
     def release(self) -> None:
         """Give the lock back; safe to repeat."""

@@ -1,5 +1,4 @@
-"""Reads whole snapshots and tells everything that is wrong with them. Goes on after damage; needs no
-torch."""
+"""Reads whole snapshots and tells everything that is wrong with them, without torch."""
 
 from __future__ import annotations
 
