@@ -279,7 +279,10 @@ def _make_root(root: Path) -> None:
         return
     missing = [path for path in (root, *root.parents) if not os.path.lexists(path)]
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir(storage.DIRECTORY_MODE, exist_ok=True)
+        if root in missing:
+            root.chmod(storage.DIRECTORY_MODE)
     except OSError as error:
         raise StorageError.wrap(error, f"creating repository {root}", root) from error
     for path in missing:

@@ -15,6 +15,9 @@ from pathlib import Path
 
 from pysnap.errors import BusyError, StorageError, printable
 
+# Whatever the umask: a state is nobody else's business.
+_FILE_MODE = 0o600
+DIRECTORY_MODE = 0o700
 _LONGEST_PATH = 4096
 
 
@@ -33,7 +36,9 @@ def _told_of(error: OSError, doing: str, path: Path) -> StorageError:
 def make_directory(path: Path) -> None:
     """Create a directory (0700) that must not exist."""
     with _told("creating directory", path):
-        os.mkdir(path, 0o700)
+        os.mkdir(path, DIRECTORY_MODE)
+        # A umask that takes more away would lock the owner out, too.
+        os.chmod(path, DIRECTORY_MODE)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -41,9 +46,10 @@ def write_file(path: Path, data: bytes) -> None:
     is not tried again."""
     with _told("writing", path):
         descriptor = os.open(
-            path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _FILE_MODE
         )
         try:
+            os.fchmod(descriptor, _FILE_MODE)
             left = memoryview(data)
             while left:
                 written = os.write(descriptor, left)
@@ -146,7 +152,7 @@ class WriterLock:
             self._descriptor: int | None = os.open(
                 path,
                 os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK,
-                0o600,
+                _FILE_MODE,
             )
         try:
             self._check_file()
@@ -162,6 +168,7 @@ class WriterLock:
             self.release()
             raise _told_of(error, "locking", path) from error
         try:
+            os.fchmod(self._descriptor, _FILE_MODE)
             os.ftruncate(self._descriptor, 0)
             os.pwrite(
                 self._descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0
