@@ -20,8 +20,8 @@ constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t multiple) {
 // errno and path.
 class File {
  public:
-  // Creates a file that must not exist (0600, whatever the umask). With `direct` it bypasses the page cache where the
-  // file system can.
+  // Creates a file that must not exist (0600, whatever the umask). With `direct` it bypasses the
+  // page cache where the file system can.
   static File create(const std::string& path, bool direct);
   // Opens for reading. Symbolic links and anything but a regular file are refused.
   static File open(const std::string& path);
