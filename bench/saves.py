@@ -15,8 +15,7 @@ from memory import ExtraMemory
 from state import State
 
 from pysnap.memory import available_memory
-from pysnap.repository import Snapshot
-from pysnap.restore import verify
+from pysnap.verify import verify_snapshot
 
 FORWARD_AND_BACKWARD = 3
 """Times the copy: how long training computes between a save and the optimizer's step."""
@@ -72,7 +71,7 @@ def measure(
 
         extra = memory.peak()
         if isinstance(saver, peers.Pysnap) and repetition == repeats:
-            damages = len(verify(Snapshot.open(path)))
+            damages = len(verify_snapshot(path).damaged)
         rows.append(
             {
                 "blocked_seconds": blocked,

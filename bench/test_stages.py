@@ -24,10 +24,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from state import State
 
 from pysnap import _engine, tree
-from pysnap.capture import Stager, zstd_libraries
+from pysnap.capture import Stager
 from pysnap.config import Config
 from pysnap.layout import Leaf, Plan, make_plan
 from pysnap.manifest import Manifest
+from pysnap.zstd import zstd_libraries
 
 PARAMETERS = 8_000_000
 CHUNK_SIZE = 4 * 2**20

@@ -15,12 +15,14 @@ namespace pysnap {
 
 namespace {
 
+// A state is nobody else's business.
+constexpr mode_t kMode = 0600;
 constexpr int kCreateFlags = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
 
 int open_retrying(const std::string& path, int flags) {
   int descriptor;
   do {
-    descriptor = ::open(path.c_str(), flags, 0600);
+    descriptor = ::open(path.c_str(), flags, kMode);
   } while (descriptor < 0 && errno == EINTR);
   return descriptor;
 }
@@ -30,14 +32,21 @@ int open_retrying(const std::string& path, int flags) {
 File File::create(const std::string& path, bool direct) {
   if (direct) {
     int descriptor = open_retrying(path, kCreateFlags | O_DIRECT);
-    if (descriptor >= 0) return File(descriptor, path);
+    if (descriptor >= 0) return created(descriptor, path);
     // EINVAL: no direct I/O here. Some kernels create the file before they find that out.
     if (errno != EINVAL) throw Error::io("creating", path, errno);
     ::unlink(path.c_str());
   }
   int descriptor = open_retrying(path, kCreateFlags);
   if (descriptor < 0) throw Error::io("creating", path, errno);
-  return File(descriptor, path);
+  return created(descriptor, path);
+}
+
+File File::created(int descriptor, const std::string& path) {
+  File file(descriptor, path);
+  // A umask that takes more away would lock the owner out, too.
+  if (::fchmod(descriptor, kMode) != 0) throw Error::io("setting the mode of", path, errno);
+  return file;
 }
 
 File File::open(const std::string& path) {

@@ -20,8 +20,8 @@ constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t multiple) {
 // errno and path.
 class File {
  public:
-  // Creates a file that must not exist (0600). With `direct` it bypasses the page cache where the
-  // file system can.
+  // Creates a file that must not exist (0600, whatever the umask). With `direct` it bypasses the
+  // page cache where the file system can.
   static File create(const std::string& path, bool direct);
   // Opens for reading. Symbolic links and anything but a regular file are refused.
   static File open(const std::string& path);
@@ -50,6 +50,7 @@ class File {
   void close();
 
  private:
+  static File created(int descriptor, const std::string& path);
   File(int descriptor, std::string path) : descriptor_(descriptor), path_(std::move(path)) {}
   // For a device that wants more than page alignment: goes on through the page cache. Several
   // threads may find that out at once.

@@ -4,11 +4,8 @@ manifest."""
 from __future__ import annotations
 
 import datetime
-import glob
-import importlib.util
 import logging
 import operator
-import os
 import threading
 import uuid
 from collections.abc import Callable, Iterable
@@ -28,20 +25,12 @@ from pysnap.layout import HOST, Leaf, Places, Plan, current_streams, make_plan
 from pysnap.manifest import Manifest
 from pysnap.memory import available_memory
 from pysnap.skeleton import Skeleton
+from pysnap.zstd import zstd_libraries
 
 _log = logging.getLogger("pysnap")
 
 _POLL_SECONDS = 0.02
 _NAMES_SHOWN = 3
-
-
-def zstd_libraries() -> list[str]:
-    """Where libzstd may be: the system's, else the copy inside the zstandard package."""
-    names = ["libzstd.so.1"]
-    package = importlib.util.find_spec("zstandard")
-    if package is not None and package.origin is not None:
-        names += glob.glob(os.path.join(os.path.dirname(package.origin), "_cffi*.so"))
-    return names
 
 
 class Stager:

@@ -1,8 +1,19 @@
-"""The errors that pysnap raises; every one derives from `Error`."""
+"""The errors that pysnap raises, and how they show what was read; each derives from `Error`."""
 
 from __future__ import annotations
 
 import os
+
+_MOST_SHOWN = 200
+
+
+def printable(text: str, most: int = _MOST_SHOWN) -> str:
+    """`text`, which somebody else wrote, for a message: without characters that could upset a
+    terminal or a log, and cut to `most` characters."""
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most]
+    )
+    return shown if len(text) <= most else shown + "..."
 
 
 class Error(Exception):

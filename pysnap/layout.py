@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import operator
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from pysnap import _engine
+from pysnap.dtypes import ELEMENT_WIDTH, TORCH_ELEMENTS
 from pysnap.errors import StateError
 from pysnap.manifest import ELEMENTS, Record
 
@@ -31,33 +31,6 @@ _log = logging.getLogger("pysnap")
 HOST = -1
 """The engine's number of host memory; CUDA devices have theirs from 0."""
 
-# Every torch data type that has whole bytes, by name, and the element type of its bytes. A torch
-# that lacks one never shows it.
-TORCH_ELEMENTS = {
-    "bool": "u8",
-    "uint8": "u8",
-    "int8": "u8",
-    "float8_e4m3fn": "u8",
-    "float8_e4m3fnuz": "u8",
-    "float8_e5m2": "u8",
-    "float8_e5m2fnuz": "u8",
-    "float8_e8m0fnu": "u8",
-    "float4_e2m1fn_x2": "u8",
-    "int16": "i16",
-    "uint16": "i16",
-    "int32": "i32",
-    "uint32": "i32",
-    "int64": "i64",
-    "uint64": "i64",
-    "float16": "f16",
-    "bfloat16": "f16",
-    "float32": "f32",
-    "float64": "f64",
-    "complex32": "f16",
-    "complex64": "f32",
-    "complex128": "f64",
-}
-_ELEMENT_WIDTH = {"u8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "f32": 4, "f64": 8}
 _NUMPY_ELEMENTS = {"f2": "f16", "f4": "f32", "f8": "f64", "c8": "f32", "c16": "f64"}
 _NUMPY_INTEGERS = {2: "i16", 4: "i32", 8: "i64"}
 
@@ -356,20 +329,6 @@ def _merge(sources: list[_Source]) -> list[_Run]:
         else:
             runs.append(_Run(start, end, source.device, source.element, index, [index]))
     for run in runs:
-        if (run.end - run.start) % _ELEMENT_WIDTH[run.element]:
+        if (run.end - run.start) % ELEMENT_WIDTH[run.element]:
             run.element = "u8"
     return runs
-
-
-def extent_of(record: Record, itemsize: int) -> int:
-    """Bytes from the first to behind the last element of a tensor in the stream."""
-    if 0 in record.shape:
-        return 0
-    if record.strides is None:
-        return math.prod(record.shape) * itemsize
-    return (
-        1
-        + sum(
-            (size - 1) * stride for size, stride in zip(record.shape, record.strides, strict=True)
-        )
-    ) * itemsize

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
+import math
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pysnap import _engine
-from pysnap.errors import ConfigError, CorruptError, FormatError
+from pysnap import _engine, paths
+from pysnap.dtypes import ELEMENT_WIDTH, itemsize
+from pysnap.errors import ConfigError, CorruptError, FormatError, printable
 
 FORMAT = 1
 ELEMENTS = ("u8", "i16", "i32", "i64", "f16", "f32", "f64")
@@ -23,7 +27,7 @@ _SUFFIX = b"}"
 _DIGEST_LENGTH = 32
 _LARGEST_CHUNK = 64 * 2**20
 _PAGE = 4096
-_U64 = 2**64
+_LARGEST_INTEGER = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,18 @@ class Record:
     shape: tuple[int, ...]
     at: int
     strides: tuple[int, ...] | None = None
+
+    @property
+    def extent(self) -> int:
+        """Bytes from the first to behind the last element in the stream."""
+        if 0 in self.shape:
+            return 0
+        if self.strides is None:
+            elements = math.prod(self.shape)
+        else:
+            steps = zip(self.shape, self.strides, strict=True)
+            elements = 1 + sum((size - 1) * stride for size, stride in steps)
+        return elements * itemsize(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,28 @@ class Manifest:
     def stored(self) -> int:
         """Bytes of all encoded chunks."""
         return int(self.chunks["stored"].sum(dtype=np.uint64))
+
+    def leaves(self, where: str) -> Iterator[tuple[str, Record]]:
+        """Name and record of every tensor and array, in the order of the tree. Raises CorruptError,
+        which names `where`, for a tree that is none, or that names a record that does not exist."""
+        for name, index in paths.leaves(self.tree):
+            if index >= len(self.tensors):
+                raise CorruptError(
+                    f'{where} is damaged: "{printable(name)}" is tensor {index}, which does not '
+                    "exist; open an intact snapshot"
+                )
+            yield name, self.tensors[index]
+
+    def names_in(self, ranges: Sequence[tuple[int, int]], where: str) -> list[str]:
+        """Names of the tensors and arrays that have bytes in these ranges (start, end) of the
+        stream, which are sorted and do not overlap. Raises as `leaves` does."""
+        starts = [start for start, _ in ranges]
+        names = []
+        for name, record in self.leaves(where):
+            before = bisect.bisect_left(starts, record.at + record.extent)
+            if record.extent and before and ranges[before - 1][1] > record.at:
+                names.append(name)
+        return names
 
     def to_bytes(self) -> bytes:
         """The exact content of `manifest.json`."""
@@ -104,12 +142,12 @@ class Manifest:
                 raise ValueError("it is no object")
             if type(snapshot.get("format")) is not int or snapshot["format"] != FORMAT:
                 raise FormatError(
-                    f"{where} has format {snapshot.get('format')!r}, this version of pysnap reads "
-                    f"format {FORMAT}; use a newer pysnap"
+                    f"{where} has format {_shown(snapshot.get('format'))}, this version "
+                    f"of pysnap reads format {FORMAT}; use a newer pysnap"
                 )
             return _Parser(snapshot).manifest()
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise CorruptError(f"{where} is not valid: {error}") from None
+            raise CorruptError(f"{where} is not valid: {printable(str(error))}") from None
 
 
 def plain_json(metadata: object) -> dict[str, Any]:
@@ -148,6 +186,10 @@ def _padded(size: int) -> int:
     return (size + _PAGE - 1) // _PAGE * _PAGE
 
 
+def _shown(value: object) -> str:
+    return f"{value!r:.80}"
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -159,15 +201,15 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
-def _natural(value: Any, what: str, limit: int = _U64) -> int:
-    if type(value) is not int or not 0 <= value < limit:
-        raise ValueError(f"{what} is {value!r}")
+def _natural(value: Any, what: str, most: int = _LARGEST_INTEGER) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{what} is {_shown(value)}, not an integer from 0 to {most}")
     return value
 
 
 def _text(value: Any, what: str) -> str:
     if type(value) is not str:
-        raise ValueError(f"{what} is {value!r}")
+        raise ValueError(f"{what} is {_shown(value)}, not text")
     return value
 
 
@@ -191,7 +233,7 @@ class _Parser:
         packs = [self._pack(entry) for entry in _sequence(get("packs"), "packs")]
         if len({name for name, _ in packs}) != len(packs):
             raise ValueError("a pack is named twice")
-        chunk_size = _natural(get("chunk_size"), "chunk_size", _LARGEST_CHUNK + 1)
+        chunk_size = _natural(get("chunk_size"), "chunk_size", _LARGEST_CHUNK)
         rows = [
             self._chunk(entry, packs, chunk_size) for entry in _sequence(get("chunks"), "chunks")
         ]
@@ -208,7 +250,7 @@ class _Parser:
             sequence=_natural(get("sequence"), "sequence"),
             created=_text(get("created"), "created"),
             tree=get("tree"),
-            tensors=[self._record(entry) for entry in _sequence(get("tensors"), "tensors")],
+            tensors=[self._record(entry, stream) for entry in _sequence(get("tensors"), "tensors")],
             chunk_size=chunk_size,
             packs=packs,
             chunks=np.array(rows, dtype=_engine.CHUNK),
@@ -219,40 +261,52 @@ class _Parser:
         name = _text(entry["name"], "the name of a pack")
         # The name becomes a path: nothing but digits may stand in it.
         if not re.fullmatch(r"[0-9]{1,9}\.pack", name, re.ASCII):
-            raise ValueError(f"{name!r} is no name of a pack")
+            raise ValueError(f"{_shown(name)} is no name of a pack")
         return name, _natural(entry["size"], "the size of a pack")
 
     def _chunk(self, entry: Any, packs: list[tuple[str, int]], chunk_size: int) -> tuple[int, ...]:
         pack, offset, stored, raw, element, encoding, digest = _sequence(entry, "a chunk")
-        _natural(pack, "the pack of a chunk", len(packs))
-        _natural(raw, "the raw length of a chunk", chunk_size + 1)
-        _natural(stored, "the stored length of a chunk", raw + 1)
-        _natural(offset, "the offset of a chunk", packs[pack][1])
+        _natural(pack, "the pack of a chunk", len(packs) - 1)
+        _natural(raw, "the raw length of a chunk", chunk_size)
+        _natural(stored, "the stored length of a chunk", raw)
+        _natural(offset, "the offset of a chunk")
         if offset % _PAGE or offset + _padded(stored) > packs[pack][1] or not stored:
             raise ValueError(f"a chunk at {offset} does not lie in its pack")
+        if element not in ELEMENTS or raw % ELEMENT_WIDTH[element]:
+            raise ValueError(f"a chunk at {offset} is not made of whole elements")
+        if encoding not in ENCODINGS or (encoding == "raw") != (stored == raw):
+            raise ValueError(f"a chunk at {offset} has an encoding that is not its length")
         if not re.fullmatch(r"[0-9a-f]{32}", _text(digest, "a digest"), re.ASCII):
-            raise ValueError(f"{digest!r} is no digest")
+            raise ValueError(f"{_shown(digest)} is no digest")
         return (
             pack,
             raw,
             stored,
-            ELEMENTS.index(_text(element, "an element")),
-            ENCODINGS.index(_text(encoding, "an encoding")),
+            ELEMENTS.index(element),
+            ENCODINGS.index(encoding),
             offset,
             int(digest[:16], 16),
             int(digest[16:], 16),
         )
 
-    def _record(self, entry: Any) -> Record:
+    def _record(self, entry: Any, stream: int) -> Record:
         shape = _sequence(entry["shape"], "a shape")
         strides = _sequence(entry["strides"], "strides") if "strides" in entry else None
         if len(shape) > 64 or (strides is not None and len(strides) != len(shape)):
             raise ValueError("a tensor has too many dimensions, or other strides than dimensions")
-        return Record(
+        record = Record(
             dtype=_text(entry["dtype"], "a dtype"),
-            shape=tuple(_natural(size, "a size", 2**63) for size in shape),
+            shape=tuple(_natural(size, "a size") for size in shape),
             at=_natural(entry["at"], "at"),
             strides=None
             if strides is None
-            else tuple(_natural(stride, "a stride", 2**63) for stride in strides),
+            else tuple(_natural(stride, "a stride") for stride in strides),
         )
+        # Neither torch nor NumPy counts further, and both count a size of 0 as 1.
+        elements = math.prod(max(size, 1) for size in shape)
+        if elements * itemsize(record.dtype) > _LARGEST_INTEGER:
+            raise ValueError("a tensor is too large")
+        # One without elements occupies no bytes, wherever it stands.
+        if record.extent and record.at + record.extent > stream:
+            raise ValueError("a tensor reaches past the end of the stream")
+        return record

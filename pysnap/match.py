@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from pysnap import tree
+from pysnap.dtypes import TORCH_ELEMENTS
 from pysnap.errors import ConfigError, CorruptError, MismatchError, NotFoundError
-from pysnap.layout import TORCH_ELEMENTS, Leaf, dtype_name
+from pysnap.layout import Leaf, dtype_name
 from pysnap.manifest import Record
 from pysnap.overlay import NO_ARRAY, NO_TENSOR, overlay, rename
 from pysnap.parts import RESERVED, Container, ModulePart, Stateful

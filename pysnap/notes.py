@@ -49,7 +49,7 @@ class Notes:
             value = json.loads(data)
             tags = value.get("tags", [])
             pinned, note = value.get("pinned", False), value.get("note", "")
-            if type(pinned) is not bool or type(note) is not str:
+            if type(tags) is not list or type(pinned) is not bool or type(note) is not str:
                 raise ValueError("an entry has another type")
             return cls(tags=tuple(map(check_tag, tags)), pinned=pinned, note=note)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

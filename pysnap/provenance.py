@@ -13,6 +13,9 @@ import torch
 
 from pysnap._version import __version__
 from pysnap.devices import cuda_in_use
+from pysnap.errors import printable
+
+_MOST_DEPTH = 64
 
 
 def describe() -> dict[str, Any]:
@@ -44,17 +47,24 @@ def differences(before: object, now: object) -> list[str]:
     found = []
     for name in dict.fromkeys([*old, *new]):
         if name not in new:
-            found.append(f"{name} was {old[name]!r}, is gone")
+            found.append(f"{printable(name)} was {_shown(old[name])}, is gone")
         elif name not in old:
-            found.append(f"{name} is new: {new[name]!r}")
+            found.append(f"{printable(name)} is new: {_shown(new[name])}")
         elif old[name] != new[name] or type(old[name]) is not type(new[name]):
-            found.append(f"{name} was {old[name]!r}, is {new[name]!r}")
+            found.append(f"{printable(name)} was {_shown(old[name])}, is {_shown(new[name])}")
     return found
 
 
-def _flat(value: object, name: str) -> Iterator[tuple[str, object]]:
-    if isinstance(value, dict) and value:
+def _shown(value: object) -> str:
+    try:
+        return printable(repr(value))
+    except RecursionError:
+        return "nested too deep to show"
+
+
+def _flat(value: object, name: str, depth: int = 0) -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict) and value and depth < _MOST_DEPTH:
         for key, item in value.items():
-            yield from _flat(item, f"{name}.{key}" if name else str(key))
+            yield from _flat(item, f"{name}.{key}" if name else str(key), depth + 1)
     else:
         yield name, value

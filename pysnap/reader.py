@@ -387,6 +387,8 @@ def _packs_and_chunks(manifest: dict[str, Any]) -> tuple[list[_Pack], list[_Chun
         _number(offset, 0, pack.size - _aligned(stored), "the offset of a chunk")
         if offset % _ALIGNMENT or element not in ELEMENTS:
             raise ReaderError("a chunk in manifest.json is not aligned, or has an unknown element")
+        if raw % ELEMENTS[element][0]:
+            raise ReaderError("a chunk in manifest.json is not made of whole elements")
         if encoding not in ("raw", "planes") or (encoding == "raw") != (stored == raw):
             raise ReaderError("a chunk in manifest.json has an encoding that is not its length")
         if type(checksum) is not str or not re.fullmatch("[0-9a-f]{32}", checksum):
@@ -422,7 +424,9 @@ def _tensor(entry: Any, stream: int) -> _Tensor:
     if math.prod(shape):
         extent = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
     extent *= dtype.itemsize
-    start = _number(entry["at"], 0, stream - extent, "the offset of a tensor")
+    # One without elements occupies no bytes, wherever it stands.
+    last = stream - extent if extent else _MAX_INT
+    start = _number(entry["at"], 0, last, "the offset of a tensor")
     steps = tuple(step * dtype.itemsize for step in strides)
     return _Tensor(name, dtype, tuple(shape), steps, start, start + extent)
 
@@ -628,7 +632,7 @@ def _decode_block(source: _Bytes, out: Array, width: int, is_float: bool) -> Non
 
 
 def _decode_plane(method: int, payload: bytes, size: int) -> Array:
-    if method == 1 and len(payload) == 1:
+    if method == 1 and size and len(payload) == 1:
         return np.full(size, payload[0], np.uint8)
     if method == 2 and size:
         try:

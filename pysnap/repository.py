@@ -17,16 +17,17 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pysnap import storage
-from pysnap.errors import CorruptError, Error, FormatError, NotFoundError, StorageError
+from pysnap.errors import CorruptError, Error, FormatError, NotFoundError, StorageError, printable
 from pysnap.manifest import FORMAT, Manifest
 from pysnap.notes import FILE as NOTES_FILE
 from pysnap.notes import Notes
 
 _log = logging.getLogger("pysnap")
 
+MANIFEST = "manifest.json"
+
 _HEADER = ".pysnap"
 _LOCK = ".writer"
-_MANIFEST = "manifest.json"
 _LATEST = "latest"
 _PARTIAL = ".partial-"
 _TRASH = ".trash-"
@@ -48,12 +49,12 @@ class Snapshot:
     def open(cls, path: Path) -> Snapshot:
         """Read the manifest of a snapshot directory. Raises NotFoundError, CorruptError,
         FormatError or StorageError."""
-        file = path / _MANIFEST
+        file = path / MANIFEST
         try:
             data = storage.read_file(file, _LARGEST_MANIFEST)
         except StorageError as error:
             if error.errno == 2:
-                raise NotFoundError(f"{path} is no snapshot: it holds no {_MANIFEST}") from None
+                raise NotFoundError(f"{path} is no snapshot: it holds no {MANIFEST}") from None
             raise
         return cls(path, Manifest.from_bytes(data, str(file)))
 
@@ -101,7 +102,7 @@ def tell_skipped(path: Path, error: Error) -> str:
 
 def is_snapshot(path: Path) -> bool:
     """Whether a directory is one snapshot (rather than a repository of them)."""
-    return storage.exists(path / _MANIFEST)
+    return storage.exists(path / MANIFEST)
 
 
 def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType({})) -> Listing:
@@ -110,15 +111,13 @@ def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType
     The manifest of a `known` snapshot is not read again. Raises NotFoundError where there is no
     repository and FormatError where it has an unknown format.
     """
-    _check_header(root)
+    check_header(root)
     snapshots: list[Snapshot] = []
     damaged: list[tuple[Path, Error]] = []
-    for name in storage.list_directory(root):
-        if _SNAPSHOT_NAME.fullmatch(name) is None:
-            continue
+    for name in snapshot_names(root):
         path = root / name
         try:
-            snapshots.append(known.get(path) or Snapshot.open(path))
+            snapshots.append(known.get(path) or open_listed(path))
         except (CorruptError, FormatError, NotFoundError, StorageError) as error:
             # The writer may have deleted it since the directory was listed.
             if not is_gone(path):
@@ -135,6 +134,19 @@ def is_gone(path: Path) -> bool:
         return False
 
 
+def snapshot_names(root: Path) -> list[str]:
+    """Names in a repository that are those of snapshots, sorted."""
+    return [name for name in storage.list_directory(root) if _SNAPSHOT_NAME.fullmatch(name)]
+
+
+def open_listed(path: Path) -> Snapshot:
+    """`Snapshot.open` of what was found in a repository: a link could lead out of it, and is
+    refused with a CorruptError."""
+    if path.is_symlink():
+        raise CorruptError(f"{path} is a link, not the directory of a snapshot; remove it")
+    return Snapshot.open(path)
+
+
 def publish(partial: Path, manifest: Manifest, path: Path, notes: Notes | None = None) -> Snapshot:
     """The commit: make `partial`, whose packs are durable, the visible and durable snapshot
     `path`, which must not exist."""
@@ -142,7 +154,7 @@ def publish(partial: Path, manifest: Manifest, path: Path, notes: Notes | None =
         storage.write_file(partial / NOTES_FILE, notes.to_bytes())
     # The manifest is written after the packs it names, and the directory's names after the files
     # they name.
-    storage.write_file(partial / _MANIFEST, manifest.to_bytes())
+    storage.write_file(partial / MANIFEST, manifest.to_bytes())
     storage.sync_directory(partial)
     # Before the rename there is no snapshot, after it there is a whole one.
     storage.rename(partial, path)
@@ -190,7 +202,7 @@ class Repository:
         self._lock = storage.WriterLock(root / _LOCK)
         try:
             _make_header(root)
-            _check_header(root)
+            check_header(root)
             # What dead writers renamed and did not sync is durable from here on: what became
             # visible, and what became trash, before it is unlinked.
             storage.sync_directory(root)
@@ -301,7 +313,10 @@ def _make_root(root: Path) -> None:
         return
     missing = [path for path in (root, *root.parents) if not storage.exists(path)]
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir(storage.DIRECTORY_MODE, exist_ok=True)
+        if root in missing:
+            root.chmod(storage.DIRECTORY_MODE)
     except OSError as error:
         raise StorageError.wrap(error, f"creating repository {root}", root) from error
     for path in (root, *root.parents[:-1]):
@@ -316,7 +331,7 @@ def _make_root(root: Path) -> None:
     others = [name for name in storage.list_directory(root) if not name.startswith(".")]
     if others:
         raise NotFoundError(
-            f"{root} is no repository and holds other files, such as {others[0]}; "
+            f"{root} is no repository and holds other files, such as {printable(others[0])}; "
             "choose a new or empty directory"
         )
 
@@ -331,7 +346,9 @@ def _make_header(root: Path) -> None:
     storage.sync_directory(root)
 
 
-def _check_header(root: Path) -> None:
+def check_header(root: Path) -> None:
+    """Raise NotFoundError where there is no repository, CorruptError or StorageError where its
+    header cannot be read, FormatError where it has an unknown format."""
     file = root / _HEADER
     try:
         data = storage.read_file(file, _LARGEST_HEADER)
@@ -342,12 +359,12 @@ def _check_header(root: Path) -> None:
     try:
         header = json.loads(data)
         format_number = header["format"] if header["pysnap"] == "repository" else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CorruptError(
             f"{file} is damaged; restore it from another repository of the same format"
         ) from None
-    if format_number != FORMAT:
+    if type(format_number) is not int or format_number != FORMAT:
         raise FormatError(
-            f"{root} has format {format_number!r}, this version of pysnap reads format {FORMAT}; "
-            "use a newer pysnap"
+            f"{root} has format {format_number!r:.80}, this version of pysnap reads format "
+            f"{FORMAT}; use a newer pysnap"
         )

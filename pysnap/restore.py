@@ -9,22 +9,21 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from pysnap import _engine, tree
-from pysnap.capture import zstd_libraries
-from pysnap.errors import CorruptError, MismatchError, NotFoundError
+from pysnap import _engine, storage, tree
+from pysnap.dtypes import TORCH_ELEMENTS
+from pysnap.errors import CorruptError, Error, MismatchError, NotFoundError, printable
 from pysnap.layout import (
     HOST,
-    TORCH_ELEMENTS,
     Array,
     Leaf,
     current_streams,
     device_index,
     dtype_name,
-    extent_of,
     is_dense,
 )
 from pysnap.manifest import Record
 from pysnap.repository import Snapshot
+from pysnap.zstd import zstd_libraries
 
 _MOST_THREADS = 16
 _NOTHING = np.empty(0)
@@ -52,10 +51,10 @@ def load_state(snapshot: Snapshot, names: Collection[str] | None = None) -> obje
 def read_record(snapshot: Snapshot, record: Record) -> Leaf:
     """One tensor or array in new memory; only the chunks that hold it are read. Raises CorruptError
     as `Restore.read` does."""
-    extent = _extent(record, snapshot)
-    _check_extents([record], [extent], snapshot)
-    leaf = _new(record)
-    _read(snapshot, [(record.at, _address(leaf), extent, HOST)])
+    dtype_of(record.dtype, snapshot)
+    _check_packs([(record.at, record.extent)], snapshot)
+    leaf = _new(record, snapshot)
+    _read(snapshot, [(record.at, _address(leaf), record.extent, HOST)])
     return leaf
 
 
@@ -81,26 +80,19 @@ class Restore:
         self._indirect: list[tuple[Leaf, Leaf]] = []
         self._indirect_at: dict[int, int] = {}  # place in the stream of what is at an address
         records = snapshot.manifest.tensors
-        dtypes = {record.dtype for record in records}
-        itemsizes = {name: dtype_of(name, snapshot).itemsize for name in dtypes}
-        extents = [extent_of(record, itemsizes[record.dtype]) for record in records]
-        _check_extents(records, extents, snapshot)
-        for index, leaf in live.items():
-            self._place(leaf, records[index], extents[index])
-        _check_overlap(self._targets, snapshot)
+        for dtype in {record.dtype for record in records}:
+            dtype_of(dtype, snapshot)
         wanted = range(len(records)) if only is None else sorted(only)
-        new = [index for index in wanted if index not in live]
+        # Before memory is allocated for what they do not hold.
+        _check_packs([(records[index].at, records[index].extent) for index in wanted], snapshot)
+        for index, leaf in live.items():
+            self._place(leaf, records[index])
+        _check_overlap(self._targets, snapshot)
         self.leaves: list[Leaf] = [live.get(index, _NOTHING) for index in range(len(records))]
-        for index in new:
-            if not _is_torch(records[index]) or not extents[index]:
-                self.leaves[index] = leaf = _new(records[index])
-                self._targets.append((records[index].at, _address(leaf), extents[index], HOST))
-        for start, end, members in _shared_ranges(new, extents, snapshot):
-            storage = torch.empty(end - start, dtype=torch.uint8, device="cpu").untyped_storage()
-            self._targets.append((start, storage.data_ptr(), end - start, HOST))
-            for index in members:
-                offset = records[index].at - start
-                self.leaves[index] = _view(storage, offset, records[index], snapshot)
+        new = [index for index in wanted if index not in live]
+        for is_torch in (True, False):
+            kind = [index for index in new if _is_torch(records[index]) == is_torch]
+            self._allocate(kind)
 
     def read(self) -> None:
         """Read every record into its leaf; only the chunks that hold them are read.
@@ -115,18 +107,35 @@ class Restore:
             else:
                 leaf[...] = staging
 
-    def _place(self, leaf: Leaf, record: Record, extent: int) -> None:
+    def _allocate(self, indices: list[int]) -> None:
+        """New leaves for records of one kind; those that share bytes of the stream share memory."""
+        records = self._snapshot.manifest.tensors
+        for index in indices:
+            if not records[index].extent:
+                self.leaves[index] = _new(records[index], self._snapshot)
+        for start, end, members in _shared_ranges(indices, records):
+            if len(members) == 1:
+                self.leaves[members[0]] = leaf = _new(records[members[0]], self._snapshot)
+                self._targets.append((start, _address(leaf), end - start, HOST))
+                continue
+            memory = _memory(end - start, self._snapshot)
+            self._targets.append((start, memory.data_ptr(), end - start, HOST))
+            for index in members:
+                offset = records[index].at - start
+                self.leaves[index] = _view(memory, offset, records[index], self._snapshot)
+
+    def _place(self, leaf: Leaf, record: Record) -> None:
         """A live leaf gets its bytes straight where it has them in the order of the stream."""
         if not _same_order(leaf, record):
             first = self._indirect_at.setdefault(_address(leaf), record.at)
-            if extent and first != record.at:
+            if record.extent and first != record.at:
                 raise _tied_otherwise(self._snapshot)
-            staging = _new(record)
+            staging = _new(record, self._snapshot)
             self._indirect.append((leaf, staging))
             leaf = staging
         device = device_index(leaf) if isinstance(leaf, torch.Tensor) else HOST
         assert device is not None
-        self._targets.append((record.at, _address(leaf), extent, device))
+        self._targets.append((record.at, _address(leaf), record.extent, device))
 
 
 def _read(snapshot: Snapshot, targets: list[_Target]) -> None:
@@ -144,20 +153,8 @@ def _read(snapshot: Snapshot, targets: list[_Target]) -> None:
     except CorruptError as error:
         chunk = getattr(error, "chunk", None)
         raise CorruptError(_name_tensors(str(error), chunk, snapshot)) from None
-
-
-def verify(snapshot: Snapshot) -> list[str]:
-    """What is damaged in a snapshot's packs, a sentence each; empty where it is intact."""
-    try:
-        damages = _engine.verify(
-            packs=snapshot.packs(),
-            chunks=snapshot.manifest.chunks,
-            threads=min(_MOST_THREADS, _engine.available_processors()),
-            zstd=zstd_libraries(),
-        )
-    except CorruptError as error:
-        return [str(error)]
-    return [_name_tensors(what, chunk, snapshot) for chunk, what in damages]
+    except MemoryError:
+        raise Error(f"there is no memory to decode the chunks of {snapshot.path}") from None
 
 
 def _same_order(leaf: Leaf, record: Record) -> bool:
@@ -174,8 +171,8 @@ def _same_order(leaf: Leaf, record: Record) -> bool:
 
 
 def dtype_of(name: str, snapshot: Snapshot) -> torch.dtype | np.dtype[Any]:
-    """The dtype that a record names. Raises MismatchError where this torch has none of that name,
-    CorruptError where it is none."""
+    """The dtype that a record names. Raises MismatchError where this torch has none of that
+    name."""
     if name in TORCH_ELEMENTS:
         known: torch.dtype | None = getattr(torch, name, None)
         if known is None:
@@ -184,37 +181,34 @@ def dtype_of(name: str, snapshot: Snapshot) -> torch.dtype | np.dtype[Any]:
                 "torch does not have; use a newer torch"
             )
         return known
-    try:
-        dtype = np.dtype(name)
-    except TypeError:
-        raise CorruptError(f"{snapshot.path} holds a tensor of unknown dtype {name!r}") from None
-    if dtype.hasobject or dtype.str != name:
-        raise CorruptError(f"{snapshot.path} holds a tensor of unknown dtype {name!r}")
-    return dtype
+    return np.dtype(name)
 
 
-def _extent(record: Record, snapshot: Snapshot) -> int:
-    return extent_of(record, dtype_of(record.dtype, snapshot).itemsize)
+def _check_packs(ranges: list[tuple[int, int]], snapshot: Snapshot) -> None:
+    """Raise the error of a pack that cannot be read, or has another length, and holds bytes of
+    these ranges (start, length) of the stream."""
+    manifest = snapshot.manifest
+    wanted = np.array([(at, at + length) for at, length in ranges if length], np.int64)
+    if not len(wanted):
+        return
+    ends = np.cumsum(manifest.chunks["raw"], dtype=np.int64)
+    edges = np.zeros(len(ends) + 1, np.int64)
+    np.add.at(edges, np.searchsorted(ends, wanted[:, 0], "right"), 1)
+    np.add.at(edges, np.searchsorted(ends, wanted[:, 1], "left") + 1, -1)
+    holding = np.cumsum(edges[:-1]) > 0
+    for pack in np.unique(manifest.chunks["pack"][holding]):
+        name, size = manifest.packs[pack]
+        found = storage.file_size(snapshot.path / name)
+        if found != size:
+            raise CorruptError(f"{snapshot.path / name}: it has {found} bytes instead of {size}")
 
 
-def _check_extents(records: list[Record], extents: list[int], snapshot: Snapshot) -> None:
-    stream = snapshot.manifest.stream
-    for record, extent in zip(records, extents, strict=True):
-        if extent and record.at + extent > stream:
-            raise CorruptError(
-                f"{snapshot.path} holds a tensor that reaches past the end of the stream"
-            )
-
-
-def _shared_ranges(
-    indices: list[int], extents: list[int], snapshot: Snapshot
-) -> list[tuple[int, int, list[int]]]:
-    """Ranges of the stream, and the tensors in each, which share memory."""
-    records = snapshot.manifest.tensors
+def _shared_ranges(indices: list[int], records: list[Record]) -> list[tuple[int, int, list[int]]]:
+    """Ranges of the stream, and the records in each, which share memory."""
     ranges: list[tuple[int, int, list[int]]] = []
     for index in sorted(indices, key=lambda index: records[index].at):
-        start, end = records[index].at, records[index].at + extents[index]
-        if not extents[index] or not _is_torch(records[index]):
+        start, end = records[index].at, records[index].at + records[index].extent
+        if start == end:
             continue
         if ranges and start < ranges[-1][1]:
             first, last, members = ranges[-1]
@@ -224,14 +218,29 @@ def _shared_ranges(
     return ranges
 
 
-def _view(
-    storage: torch.UntypedStorage, offset: int, record: Record, snapshot: Snapshot
-) -> torch.Tensor:
+def _memory(size: int, snapshot: Snapshot) -> torch.UntypedStorage:
+    try:
+        return torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
+    except RuntimeError:
+        raise _too_large(size, snapshot) from None
+
+
+def _too_large(size: int, snapshot: Snapshot) -> Error:
+    return Error(
+        f"there is no memory for {size} bytes of {snapshot.path}; load a part of it, or use a "
+        "larger machine"
+    )
+
+
+def _view(memory: torch.UntypedStorage, offset: int, record: Record, snapshot: Snapshot) -> Leaf:
+    """The leaf of a record whose first byte is at `offset` of `memory`."""
+    if not _is_torch(record):
+        return _array_view(memory, offset, record)
     empty = torch.empty(0, dtype=getattr(torch, record.dtype), device="cpu")
     if offset % empty.element_size():
         raise CorruptError(f"{snapshot.path} holds tensors that overlap by parts of an element")
     strides = record.strides or _row_major(record.shape)
-    return empty.set_(storage, offset // empty.element_size(), record.shape, strides)
+    return empty.set_(memory, offset // empty.element_size(), record.shape, strides)
 
 
 def _is_torch(record: Record) -> bool:
@@ -253,24 +262,24 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _new(record: Record) -> Leaf:
-    if not _is_torch(record):
-        return _new_array(record)
-    return torch.empty_strided(
-        record.shape,
-        record.strides or _row_major(record.shape),
-        dtype=getattr(torch, record.dtype),
-        device="cpu",
-    )
+def _new(record: Record, snapshot: Snapshot) -> Leaf:
+    if not _is_torch(record) and record.strides is None:
+        try:
+            return np.empty(record.shape, np.dtype(record.dtype))
+        except MemoryError:
+            raise _too_large(record.extent, snapshot) from None
+    return _view(_memory(record.extent, snapshot), 0, record, snapshot)
 
 
-def _new_array(record: Record) -> Array:
+def _array_view(memory: torch.UntypedStorage, offset: int, record: Record) -> Array:
     dtype = np.dtype(record.dtype)
-    if record.strides is None:
+    if not record.extent:
         return np.empty(record.shape, dtype)
-    memory = np.empty(extent_of(record, dtype.itemsize), np.uint8)
-    strides = tuple(stride * dtype.itemsize for stride in record.strides)
-    array: Array = np.ndarray(record.shape, dtype, memory, strides=strides)
+    # The stride of an axis of one element moves nothing, and may be too large for NumPy.
+    steps = zip(record.shape, record.strides or _row_major(record.shape), strict=True)
+    strides = [step * dtype.itemsize if size > 1 else dtype.itemsize for size, step in steps]
+    data = torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory).numpy()
+    array: Array = np.ndarray(record.shape, dtype, data, offset, strides)
     return array
 
 
@@ -296,17 +305,11 @@ def _name_tensors(message: str, chunk: int | None, snapshot: Snapshot) -> str:
     if chunk is None:
         return message
     manifest = snapshot.manifest
-    raw = manifest.chunks["raw"].astype(np.uint64)
-    start = int(raw[:chunk].sum())
-    end = start + int(raw[chunk])
-    names = [
-        path
-        for path, index in tree.leaves(manifest.tree)
-        if manifest.tensors[index].at < end
-        and manifest.tensors[index].at + _extent(manifest.tensors[index], snapshot) > start
-    ]
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"{message}; it holds {shown}"
+    raw = manifest.chunks["raw"]
+    start = int(raw[:chunk].sum(dtype=np.int64))
+    names = manifest.names_in([(start, start + int(raw[chunk]))], str(snapshot.path))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{message}; it holds {', '.join(map(printable, names[:5]))}{more}"
 
 
 def describe(leaf: Leaf | Record | None) -> str:

@@ -42,14 +42,14 @@ def restore(state: dict[str, Any]) -> None:
         random.setstate((python["version"], words, python["gauss"]))
         np.random.set_state(_unpack(numpy))
         torch.set_rng_state(_tensor(state["torch"]))
+        devices = [_tensor(device) for device in cuda]
+        present = torch.cuda.device_count() if devices else 0
+        for index, device_state in enumerate(devices[:present]):
+            torch.cuda.set_rng_state(device_state, index)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CorruptError(f"the random states of the snapshot are not valid: {error}") from error
-    present = torch.cuda.device_count() if cuda else 0
-    for index, device_state in enumerate(cuda):
-        if index < present:
-            torch.cuda.set_rng_state(_tensor(device_state), index)
-    if len(cuda) > present:
-        missing = ", ".join(f"cuda:{index}" for index in range(present, len(cuda)))
+    if len(devices) > present:
+        missing = ", ".join(f"cuda:{index}" for index in range(present, len(devices)))
         _log.warning(
             "the snapshot holds the random state of %s, which this machine does not have; "
             "it is not restored",
@@ -70,5 +70,7 @@ def _unpack(value: Any) -> Any:
     return np.frombuffer(value[1], dtype=value[0]) if isinstance(value, tuple) else value
 
 
-def _tensor(state: bytes) -> torch.Tensor:
+def _tensor(state: object) -> torch.Tensor:
+    if type(state) is not bytes:
+        raise TypeError(f"a state is {state!r:.80}")
     return torch.frombuffer(bytearray(state), dtype=torch.uint8)

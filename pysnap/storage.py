@@ -13,7 +13,12 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from pysnap.errors import BusyError, StorageError
+from pysnap.errors import BusyError, StorageError, printable
+
+# Whatever the umask: a state is nobody else's business.
+_FILE_MODE = 0o600
+DIRECTORY_MODE = 0o700
+_LONGEST_PATH = 4096
 
 
 @contextlib.contextmanager
@@ -21,13 +26,19 @@ def _told(doing: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError.wrap(error, f"{doing} {path}", path) from error
+        raise _told_of(error, doing, path) from error
+
+
+def _told_of(error: OSError, doing: str, path: Path) -> StorageError:
+    return StorageError.wrap(error, f"{doing} {printable(str(path), _LONGEST_PATH)}", path)
 
 
 def make_directory(path: Path) -> None:
     """Create a directory (0700) that must not exist."""
     with _told("creating directory", path):
-        os.mkdir(path, 0o700)
+        os.mkdir(path, DIRECTORY_MODE)
+        # A umask that takes more away would lock the owner out, too.
+        os.chmod(path, DIRECTORY_MODE)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -35,9 +46,10 @@ def write_file(path: Path, data: bytes) -> None:
     is not tried again."""
     with _told("writing", path):
         descriptor = os.open(
-            path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _FILE_MODE
         )
         try:
+            os.fchmod(descriptor, _FILE_MODE)
             left = memoryview(data)
             while left:
                 written = os.write(descriptor, left)
@@ -66,6 +78,15 @@ def read_file(path: Path, limit: int) -> bytes:
                 return file.read(limit + 1)
         finally:
             os.close(descriptor)
+
+
+def file_size(path: Path) -> int:
+    """Length of a regular file; links and everything else are refused, as by `read_file`."""
+    with _told("opening", path):
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(22, "it is not a regular file")
+        return status.st_size
 
 
 def sync_directory(path: Path) -> None:
@@ -141,22 +162,26 @@ class WriterLock:
         self._path = path
         with _told("opening", path):
             self._descriptor: int | None = os.open(
-                path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+                path,
+                os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK,
+                _FILE_MODE,
             )
         try:
+            self._check_file()
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = self._holder()
             self.release()
             raise BusyError(
-                f"{path.parent} is in use by another writer ({holder or 'unknown'}); "
+                f"{path.parent} is in use by another writer ({printable(holder) or 'unknown'}); "
                 "end it or use another repository"
             ) from None
         except OSError as error:
             self.release()
-            raise StorageError.wrap(error, f"locking {path}", path) from error
+            raise _told_of(error, "locking", path) from error
         # For people: a full disk is no reason not to resume.
         with contextlib.suppress(OSError):
+            os.fchmod(self._descriptor, _FILE_MODE)
             os.ftruncate(self._descriptor, 0)
             os.pwrite(
                 self._descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0
@@ -170,6 +195,13 @@ class WriterLock:
             return os.pread(self._descriptor, 200, 0).decode("utf-8", "replace").strip()
         except OSError:
             return ""
+
+    def _check_file(self) -> None:
+        assert self._descriptor is not None
+        status = os.fstat(self._descriptor)
+        # It is written: a hard link could lead to a file of somebody else's.
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise OSError(22, "it is not a regular file of its own; remove it")
 
     def release(self) -> None:
         """Give the lock back; safe to repeat."""

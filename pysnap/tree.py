@@ -21,9 +21,7 @@ machines), and tensors, arrays or generators in a set.
 
 from __future__ import annotations
 
-import base64
 import datetime
-import difflib
 import math
 import pathlib
 import re
@@ -31,33 +29,46 @@ import struct
 import sys
 import types
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from enum import Enum
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
-from pysnap.errors import CorruptError, MismatchError, NotFoundError, StateError
+from pysnap.errors import CorruptError, MismatchError, StateError
+from pysnap.paths import (
+    MAX_DEPTH,
+    Json,
+    Names,
+    base64_of,
+    bytes_of,
+    corrupt,
+    covers,
+    float_of,
+    index_of,
+    is_unicode,
+    join,
+    leaves,
+    list_of,
+    pairs_of,
+    prune,
+    quoted,
+    tag_of,
+    text_of,
+)
 
 __all__ = ["MAX_DEPTH", "Json", "covers", "decode", "encode", "join", "leaves", "prune"]
 
-Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
-MAX_DEPTH = 64
-"""A value stands inside at most so many containers."""
-
 # An integer of so many bits has at most 4300 digits, Python's limit for reading and printing.
 _MAX_INT_BITS = 14284
 # The `dtype.str` of a scalar: order of bytes, kind, size and unit of time.
 _SCALAR = re.compile(r"[<|][biufcmMSU][0-9]{0,9}(\[[0-9]{0,9}[A-Za-z]{1,2}\])?")
-# Paths are cut to so many characters in messages.
-_MAX_SHOWN = 200
-_MAX_NAMES_SHOWN = 5
 
 
 def encode(value: object, put: Callable[[str, torch.Tensor | Array], int]) -> Json:
@@ -78,220 +89,6 @@ def decode(node: Json, get: Callable[[int], torch.Tensor | Array]) -> object:
     or a device that this process does not have.
     """
     return _Decoder(get).node(node)
-
-
-def join(path: str, key: object) -> str:
-    """The path of entry `key` of the container at `path`, such as "optimizer/state/0/exp_avg".
-
-    The path of the root is "".
-    """
-    return f"{path}/{_part(key)}" if path else _part(key)
-
-
-def covers(name: str, path: str) -> bool:
-    """Whether `path` is `name` or lies under it: "model/head" covers "model/head",
-    "model/head/0" and "model/head.weight", but not "model/header"."""
-    return path == name or path.startswith((f"{name}/", f"{name}."))
-
-
-def leaves(node: Json) -> Iterator[tuple[str, int]]:
-    """Path and index of every tensor and array of an encoded tree, as `encode` put them.
-
-    Paths are unique: where those of several entries read the same, as with the keys 0 and "0", all
-    but the first get "#2", "#3" and so on appended. Raises `CorruptError` where it meets something
-    that `encode` does not write.
-    """
-    names = _Names()
-    for path, index in _walk(node, "", 0):
-        yield names.unique(path), index
-
-
-def prune(node: Json, names: Collection[str]) -> Json:
-    """An encoded tree with only what `names` select: the values that one of them `covers`, tensors
-    and arrays by their paths in `leaves`.
-
-    Mappings keep the entries that are selected or hold something selected. A list or tuple that
-    holds something selected stays whole, for in it places have a meaning. Raises `NotFoundError`
-    for names that select nothing, and `CorruptError` as `leaves` does.
-    """
-    pruner = _Pruner(names)
-    pruned, _ = pruner.node(node, "", 0)
-    pruner.check_found()
-    return pruned
-
-
-class _Names:
-    """Makes paths unique."""
-
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
-        self._counts: dict[str, int] = {}
-
-    def unique(self, path: str) -> str:
-        if path not in self._taken:
-            self._taken.add(path)
-            return path
-        # Counting goes on where it ended, so that many equal paths do not take quadratic time.
-        count = self._counts.get(path, 1) + 1
-        while f"{path}#{count}" in self._taken:
-            count += 1
-        self._counts[path] = count
-        self._taken.add(f"{path}#{count}")
-        return f"{path}#{count}"
-
-
-def _part(key: object) -> str:
-    if type(key) is str:
-        return key
-    if isinstance(key, Enum):
-        return f"{type(key).__qualname__}.{key.name}"
-    if isinstance(key, tuple):
-        return f"({', '.join(map(_part, key))})"
-    return str(key) if isinstance(key, str) else repr(key)
-
-
-def _encoded_part(key: Json, depth: int) -> str:
-    """`_part` of a key in its encoded form."""
-    match key:
-        case {"$tuple": list(items)} if depth < MAX_DEPTH:
-            return f"({', '.join(_encoded_part(item, depth + 1) for item in items)})"
-        case {"$enum": [str(), str(name), str(member)]}:
-            return f"{name}.{member}"
-        case {"$float": str(digits)}:
-            return repr(_decode_float(digits))
-        case {"$bytes": str(text)}:
-            return repr(_decode_bytes(text))
-        case list() | dict():
-            raise ValueError("a key of a type that cannot be a key, or nested too deep")
-    return key if isinstance(key, str) else repr(key)
-
-
-def _opened(node: Json, path: str, depth: int) -> int | Iterable[tuple[object, Json]]:
-    """The index in a reference; keys, as paths show them, and values in another container."""
-    entries: Iterable[tuple[object, Json]]
-    if type(node) is list:
-        entries = enumerate(node)
-    elif type(node) is dict:
-        try:
-            tag = _tag(node)
-            if tag is None:
-                entries = node.items()
-            elif tag in ("$tensor", "$array"):
-                return _index(node[tag])
-            elif tag == "$tuple":
-                entries = enumerate(_list(node[tag]))
-            elif tag in _PAIRS:
-                entries = [
-                    (_encoded_part(key, depth + 1), child) for key, child in _pairs(node[tag])
-                ]
-            else:
-                return ()
-        except ValueError as error:
-            raise _corrupt(path, str(error)) from error
-    else:
-        return ()
-    if depth == MAX_DEPTH:
-        raise _corrupt(path, f"it is nested deeper than {MAX_DEPTH}")
-    return entries
-
-
-def _walk(node: Json, path: str, depth: int) -> Iterator[tuple[str, int]]:
-    opened = _opened(node, path, depth)
-    if isinstance(opened, int):
-        yield path, opened
-        return
-    for key, child in opened:
-        if type(child) is dict or type(child) is list:
-            yield from _walk(child, join(path, key), depth + 1)
-
-
-class _Pruner:
-    """One run of `prune`."""
-
-    def __init__(self, names: Collection[str]) -> None:
-        self._wanted = frozenset(names)
-        self._selectable: set[str] = set()  # every name that covers a value
-        self._names = _Names()
-
-    def node(self, node: Json, path: str, depth: int) -> tuple[Json, bool]:
-        """What stays of `node`, and whether anything in it is selected."""
-        opened = _opened(node, path, depth)
-        is_reference = isinstance(opened, int)
-        covering = _covering(self._names.unique(path) if is_reference else path)
-        self._selectable |= covering
-        selected = not covering.isdisjoint(self._wanted)
-        if isinstance(opened, int):
-            return node, selected
-        # What is in a selected container is visited too: other names may select there.
-        children = [self.node(child, join(path, key), depth + 1) for key, child in opened]
-        holds = any(holds for _, holds in children)
-        return node if selected else _with_selected(node, children), selected or holds
-
-    def check_found(self) -> None:
-        """Raise NotFoundError for the names that selected nothing."""
-        missing = sorted(self._wanted - self._selectable)
-        if not missing:
-            return
-        shown = []
-        for name in missing[:_MAX_NAMES_SHOWN]:
-            near = difflib.get_close_matches(name, self._selectable)
-            like = f" (did you mean {' or '.join(map(_quoted, near))}?)" if near else ""
-            shown.append(_quoted(name) + like)
-        more = len(missing) - len(shown)
-        raise NotFoundError(
-            f"nothing in the state is named {', '.join(shown)}"
-            + (f" and {more} more" if more else "")
-            + "; pysnap.open lists the names of its tensors"
-        )
-
-
-def _covering(path: str) -> set[str]:
-    """Every name that `covers` a path."""
-    return {path[: match.start()] for match in re.finditer(r"[/.]|\Z", path)}
-
-
-def _with_selected(node: Json, children: list[tuple[Json, bool]]) -> Json:
-    """`node` where it is no mapping; else with only those children that hold something selected."""
-    if type(node) is not dict:
-        return node
-    tag = _tag(node)
-    if tag is None:
-        items = zip(node, children, strict=True)
-        return {key: child for key, (child, holds) in items if holds}
-    if tag not in _PAIRS:
-        return node
-    pairs = zip(_pairs(node[tag]), children, strict=True)
-    return {tag: [[key, child] for (key, _), (child, holds) in pairs if holds]}
-
-
-def _quoted(path: str) -> str:
-    """`path` for a message."""
-    return f'"{_printable(path)}"' if path else "the root"
-
-
-def _printable(text: str) -> str:
-    """`text` without characters that could upset a terminal, and not too long."""
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_MAX_SHOWN]
-    )
-    return shown if len(text) <= _MAX_SHOWN else shown + "..."
-
-
-def _corrupt(path: str, what: str) -> CorruptError:
-    where, why = _quoted(path), _printable(what)
-    return CorruptError(
-        f"the tree is damaged at {where}: {why}; verify the snapshot and load an intact one"
-    )
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether `text` has no unpaired surrogates."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return False
-    return True
 
 
 def _is_portable(dtype: np.dtype[Any]) -> bool:
@@ -320,7 +117,7 @@ class _Encoder:
 
     def __init__(self, put: Callable[[str, torch.Tensor | Array], int]) -> None:
         self._put = put
-        self._names = _Names()
+        self._names = Names()
         self._open: list[object] = []  # the containers around the value at hand, outermost first
         self._trail: list[object] = []  # its key in each of them
         self._around = ""  # the path of the innermost
@@ -348,14 +145,14 @@ class _Encoder:
         return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
 
     def _str(self, value: str) -> str:
-        if not _is_unicode(value):
+        if not is_unicode(value):
             raise self._refused(
                 "a str with unpaired surrogates", "store it as bytes (a file name: os.fsencode)"
             )
         return value
 
     def _bytes(self, value: bytes) -> Json:
-        return {"$bytes": _base64(value)}
+        return {"$bytes": base64_of(value)}
 
     def _list(self, value: list[object]) -> Json:
         return self._children(value, range(len(value)), value)
@@ -414,7 +211,7 @@ class _Encoder:
             data = value.encode("utf-32-le")
         else:
             data = bytes(value) if isinstance(value, np.bytes_) else value.tobytes()
-        return {"$scalar": [dtype.str, _base64(data)]}
+        return {"$scalar": [dtype.str, base64_of(data)]}
 
     def _dtype(self, value: torch.dtype) -> Json:
         return {"$dtype": str(value).removeprefix("torch.")}
@@ -429,7 +226,7 @@ class _Encoder:
         if self._sets:
             raise self._refused("a Generator in a set", "use a list")
         state = value.get_state().numpy().tobytes()
-        return {"$generator": {"device": str(value.device), "state": _base64(state)}}
+        return {"$generator": {"device": str(value.device), "state": base64_of(state)}}
 
     def _datetime(self, value: datetime.datetime) -> Json:
         self._check_zone(value)
@@ -526,7 +323,7 @@ class _Encoder:
         return self._refused(f"what is nested deeper than {MAX_DEPTH}", "flatten the state")
 
     def _refused(self, what: str, advice: str) -> StateError:
-        return StateError(f"cannot store {what} at {_quoted(self._here())}; {advice}")
+        return StateError(f"cannot store {what} at {quoted(self._here())}; {advice}")
 
 
 _PLAIN_KEYS = frozenset({type(None), bool, int, float, str, bytes})
@@ -588,14 +385,14 @@ class _Decoder:
             return self._children(range(len(node)), node)
         if type(node) is not dict:
             return self._checked(_decode_plain, node)
-        tag = self._checked(_tag, node)
+        tag = self._checked(tag_of, node)
         if tag is None:
             return dict(zip(node, self._children(node, node.values()), strict=True))
         content = node[tag]
         if tag in ("$tensor", "$array"):
             return self._stored(tag, content)
         if tag == "$tuple":
-            items = self._checked(_list, content)
+            items = self._checked(list_of, content)
             return tuple(self._children(range(len(items)), items))
         if tag in ("$set", "$frozenset"):
             return self._set(tag, content)
@@ -603,7 +400,7 @@ class _Decoder:
             return self._dict(tag, content)
         if tag in _DECODERS:
             return self._checked(_DECODERS[tag], content)
-        raise self._corrupt(f"unknown tag {_quoted(tag)}")
+        raise self._corrupt(f"unknown tag {quoted(tag)}")
 
     def _children(self, keys: Iterable[object], nodes: Iterable[Json]) -> list[object]:
         if len(self._trail) == MAX_DEPTH:
@@ -617,7 +414,7 @@ class _Decoder:
         return values
 
     def _stored(self, tag: str, content: Json) -> torch.Tensor | Array:
-        index = self._checked(_index, content)
+        index = self._checked(index_of, content)
         if self._sets:
             raise self._corrupt(f"a {tag} in a set")
         try:
@@ -629,7 +426,7 @@ class _Decoder:
         return value
 
     def _set(self, tag: str, content: Json) -> set[object] | frozenset[object]:
-        items = self._checked(_list, content)
+        items = self._checked(list_of, content)
         self._sets += 1
         values = self._children(range(len(items)), items)
         self._sets -= 1
@@ -642,7 +439,7 @@ class _Decoder:
         return decoded
 
     def _dict(self, tag: str, content: Json) -> dict[Any, object]:
-        pairs = self._checked(_pairs, content)
+        pairs = self._checked(pairs_of, content)
         keys = [self._key(key, len(self._trail) + 1) for key, _ in pairs]
         values = self._children(keys, [value for _, value in pairs])
         decoded = dict(zip(keys, values, strict=True))
@@ -655,11 +452,11 @@ class _Decoder:
             raise self._corrupt("a list cannot be a key")
         if type(node) is not dict:
             return self._checked(_decode_plain, node)
-        tag = self._checked(_tag, node)
+        tag = self._checked(tag_of, node)
         if tag == "$tuple":
             if depth == MAX_DEPTH:
                 raise self._corrupt(f"it is nested deeper than {MAX_DEPTH}")
-            return tuple(self._key(item, depth + 1) for item in self._checked(_list, node[tag]))
+            return tuple(self._key(item, depth + 1) for item in self._checked(list_of, node[tag]))
         if tag in ("$float", "$bytes", "$enum"):
             key: Hashable = self._checked(_DECODERS[tag], node[tag])
             return key
@@ -669,7 +466,7 @@ class _Decoder:
         try:
             return decoder(content)
         except _Missing as error:
-            raise MismatchError(f"cannot restore {_quoted(self._here())}: {error}") from error
+            raise MismatchError(f"cannot restore {quoted(self._here())}: {error}") from error
         except (ValueError, TypeError, OverflowError) as error:
             raise self._corrupt(str(error)) from error
 
@@ -680,68 +477,16 @@ class _Decoder:
         return path
 
     def _corrupt(self, what: str) -> CorruptError:
-        return _corrupt(self._here(), what)
-
-
-def _tag(node: dict[str, Json]) -> str | None:
-    """The tag of `node`, or None if it is a dict in its plain form."""
-    tag = None
-    for key in node:
-        if type(key) is not str or not _is_unicode(key):
-            raise ValueError("a key is not text")
-        if key[:1] == "$":
-            tag = key
-    if tag is not None and len(node) > 1:
-        raise ValueError(f"there are other keys beside {tag}")
-    return tag
-
-
-def _list(content: Json) -> list[Json]:
-    if type(content) is not list:
-        raise ValueError("a list is missing")
-    return content
-
-
-def _pairs(content: Json) -> list[tuple[Json, Json]]:
-    pairs = []
-    for pair in _list(content):
-        if type(pair) is not list or len(pair) != 2:
-            raise ValueError("an entry is not a pair of key and value")
-        pairs.append((pair[0], pair[1]))
-    return pairs
+        return corrupt(self._here(), what)
 
 
 def _integers(content: Json) -> list[int]:
     integers = []
-    for value in _list(content):
+    for value in list_of(content):
         if type(value) is not int or not -(2**63) <= value < 2**63:
             raise ValueError("an element is not an integer, or too large")
         integers.append(value)
     return integers
-
-
-def _text(content: Json) -> str:
-    if type(content) is not str or not _is_unicode(content):
-        raise ValueError("text is missing")
-    return content
-
-
-def _index(content: Json) -> int:
-    if type(content) is not int or content < 0:
-        raise ValueError("an index is not an integer >= 0")
-    return content
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
-
-
-def _decode_bytes(content: Json) -> bytes:
-    text = _text(content)
-    data = base64.b64decode(text, validate=True)
-    if _base64(data) != text:
-        raise ValueError("base64 is not in its canonical form")
-    return data
 
 
 def _decode_plain(content: Json) -> bool | int | float | str | None:
@@ -751,25 +496,15 @@ def _decode_plain(content: Json) -> bool | int | float | str | None:
         return content
     if type(content) is float and math.isfinite(content):
         return content
-    if type(content) is str and _is_unicode(content):
+    if type(content) is str and is_unicode(content):
         return content
     raise ValueError(f"no {type(content).__name__} of this kind can be stored")
-
-
-def _decode_float(content: Json) -> float:
-    digits = _text(content)
-    if not re.fullmatch("[0-9a-f]{16}", digits):
-        raise ValueError("$float is not 16 hexadecimal digits")
-    value: float = struct.unpack(">d", bytes.fromhex(digits))[0]
-    if math.isfinite(value):
-        raise ValueError("$float is finite")
-    return value
 
 
 def _decode_scalar(content: Json) -> np.generic:
     match content:
         case [str(name), str(text)] if re.fullmatch(_SCALAR, name):
-            data = _decode_bytes(text)
+            data = bytes_of(text)
             dtype = np.dtype(name)
         case _:
             raise ValueError("$scalar is not a plain dtype and bytes")
@@ -788,24 +523,24 @@ def _decode_scalar(content: Json) -> np.generic:
 
 
 def _decode_dtype(content: Json) -> torch.dtype:
-    name = _text(content)
+    name = text_of(content)
     dtype = vars(torch).get(name)
     if isinstance(dtype, torch.dtype) and str(dtype) == f"torch.{name}":
         return dtype
     raise _Missing(
-        f"there is no dtype {_quoted(name)}; use the version of torch that took the snapshot"
+        f"there is no dtype {quoted(name)}; use the version of torch that took the snapshot"
     )
 
 
 def _decode_device(content: Json) -> torch.device:
-    name = _text(content)
+    name = text_of(content)
     if not re.fullmatch("[a-z]+(:(0|[1-9][0-9]*))?", name):
         raise ValueError("$device is not a device")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise _Missing(
-            f"there is no device {_quoted(name)}; use the version of torch that took the snapshot"
+            f"there is no device {quoted(name)}; use the version of torch that took the snapshot"
         ) from error
     if str(device) != name:
         raise ValueError("$device is not a device")
@@ -819,14 +554,14 @@ def _decode_size(content: Json) -> torch.Size:
 def _decode_generator(content: Json) -> torch.Generator:
     match content:
         case {"device": str(name), "state": str(text), **others} if not others:
-            state = np.frombuffer(bytearray(_decode_bytes(text)), np.uint8)
+            state = np.frombuffer(bytearray(bytes_of(text)), np.uint8)
         case _:
             raise ValueError("$generator is not a device and a state")
     try:
         generator = torch.Generator(_decode_device(name))
     except RuntimeError as error:
         raise _Missing(
-            f"the device {_quoted(name)} is not usable here; load on a machine that has it"
+            f"the device {quoted(name)} is not usable here; load on a machine that has it"
         ) from error
     try:
         generator.set_state(torch.from_numpy(state))
@@ -836,21 +571,21 @@ def _decode_generator(content: Json) -> torch.Generator:
 
 
 def _decode_datetime(content: Json) -> datetime.datetime:
-    value = datetime.datetime.fromisoformat(_text(content))
+    value = datetime.datetime.fromisoformat(text_of(content))
     if value.isoformat() != content:
         raise ValueError("$datetime is not in its canonical form")
     return value
 
 
 def _decode_date(content: Json) -> datetime.date:
-    value = datetime.date.fromisoformat(_text(content))
+    value = datetime.date.fromisoformat(text_of(content))
     if value.isoformat() != content:
         raise ValueError("$date is not in its canonical form")
     return value
 
 
 def _decode_time(content: Json) -> datetime.time:
-    value = datetime.time.fromisoformat(_text(content))
+    value = datetime.time.fromisoformat(text_of(content))
     if value.isoformat() != content:
         raise ValueError("$time is not in its canonical form")
     return value
@@ -866,7 +601,7 @@ def _decode_timedelta(content: Json) -> datetime.timedelta:
 
 
 def _decode_path(content: Json) -> pathlib.Path:
-    return pathlib.Path(_text(content))
+    return pathlib.Path(text_of(content))
 
 
 def _decode_enum(content: Json) -> Enum:
@@ -875,11 +610,11 @@ def _decode_enum(content: Json) -> Enum:
             kind = _find_enum(module, qualname)
         case _:
             raise ValueError("$enum is not a module, a class and a member")
-    name = _quoted(f"{module}.{qualname}")
+    name = quoted(f"{module}.{qualname}")
     if kind is None:
         raise _Missing(f"{name} is not an enum of a loaded module; import its module first")
     if member not in kind.__members__:
-        raise _Missing(f"the enum {name} has no member {_quoted(member)}; add it")
+        raise _Missing(f"the enum {name} has no member {quoted(member)}; add it")
     return kind.__members__[member]
 
 
@@ -890,8 +625,8 @@ _PAIRS: dict[str, Callable[[dict[Any, object]], dict[Any, Any]]] = {
 }
 
 _DECODERS: dict[str, Callable[[Json], Any]] = {
-    "$float": _decode_float,
-    "$bytes": _decode_bytes,
+    "$float": float_of,
+    "$bytes": bytes_of,
     "$scalar": _decode_scalar,
     "$dtype": _decode_dtype,
     "$device": _decode_device,

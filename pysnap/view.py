@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pysnap import tree
-from pysnap.errors import CorruptError, NotFoundError, StorageError
+from pysnap.errors import CorruptError, NotFoundError, StorageError, printable
 from pysnap.layout import Leaf
 from pysnap.manifest import Record
 from pysnap.repository import Snapshot
@@ -32,13 +31,8 @@ class View(Mapping[str, "Entry"]):
         self.step = manifest.step
         self.metadata = manifest.metadata
         self._entries: dict[str, Entry] = {}
-        for name, index in tree.leaves(manifest.tree):
-            if index >= len(manifest.tensors):
-                raise CorruptError(
-                    f'{self.path} is damaged: "{name}" is tensor {index}, which does not exist; '
-                    "open an intact snapshot"
-                )
-            self._entries[name] = Entry(name, manifest.tensors[index], snapshot)
+        for name, record in manifest.leaves(str(self.path)):
+            self._entries[name] = Entry(name, record, snapshot)
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -98,12 +92,14 @@ class Entry:
         return self._read(self._of_rows(rows))[index]
 
     def __repr__(self) -> str:
-        return f'<Entry "{self.name}": {describe(self._record)}>'
+        return f'<Entry "{printable(self.name)}": {describe(self._record)}>'
 
     def _row(self, index: int) -> int:
         count = self.shape[0]
         if not -count <= index < count:
-            raise IndexError(f'index {index} is out of range for the {count} rows of "{self.name}"')
+            raise IndexError(
+                f'index {index} is out of range for the {count} rows of "{printable(self.name)}"'
+            )
         return index % count
 
     def _of_rows(self, rows: range) -> Record:
@@ -124,7 +120,7 @@ class Entry:
                     "newest snapshot"
                 ) from None
             if isinstance(error, CorruptError):
-                raise CorruptError(f'cannot read "{self.name}": {error}') from None
+                raise CorruptError(f'cannot read "{printable(self.name)}": {error}') from None
             raise
 
 

@@ -14,7 +14,7 @@ from support import assert_same, bits, flip
 
 import pysnap
 from pysnap import files, reader
-from pysnap.layout import TORCH_ELEMENTS
+from pysnap.dtypes import TORCH_ELEMENTS
 from pysnap.repository import Snapshot
 from pysnap.restore import Restore
 

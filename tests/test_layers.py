@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "pysnap"
 # A module may import those of the layers below its own, and those it names beside it.
 LAYERS: list[dict[str, set[str]]] = [
     {"errors": set(), "_version": set(), "memory": set(), "devices": set(), "reader": set()},
+    {"dtypes": set(), "paths": set(), "zstd": set()},
     {
         "config": set(),
         "cadence": set(),
@@ -29,6 +30,7 @@ LAYERS: list[dict[str, set[str]]] = [
     },
     {"layout": set(), "repository": set(), "overlay": set()},
     {"skeleton": set()},
+    {"verify": set()},
     {"capture": set(), "best": set()},
     {"retention": set(), "which": set()},
     {"restore": set()},
@@ -97,6 +99,7 @@ def test_modules_import_only_what_lies_below(name: str) -> None:
         "pysnap.storage",
         "pysnap.repository",
         "pysnap.manifest",
+        "pysnap.verify",
     ],
 )
 def test_loads_without_torch(module: str, tmp_path: Path) -> None:

@@ -783,15 +783,18 @@ def test_a_frame_with_a_large_window_is_refused(tmp_path: Path) -> None:
 
 def test_elements_that_do_not_divide_what_is_kept(tmp_path: Path) -> None:
     path = write_chunk(tmp_path / "a", block(127, *[(1, b"a")] * 2), LINES[:127], "i16")
-    with pytest.raises(ReaderError, match="keeps another number"):
+    with pytest.raises(ReaderError, match="whole elements"):
         read_snapshot(path).tree()
 
 
 def test_a_block_that_keeps_nothing(tmp_path: Path) -> None:
-    for number, payload in enumerate([(0, b""), (1, b"x")]):
-        stored = block(0, payload, flags=1, line_map=b"\0")
-        path = write_chunk(tmp_path / str(number), stored, bytes(128), "u8")
-        assert read_snapshot(path).tensors()["a"].tobytes() == bytes(128)
+    stored = block(0, (0, b""), flags=1, line_map=b"\0")
+    path = write_chunk(tmp_path / "raw", stored, bytes(128), "u8")
+    assert read_snapshot(path).tensors()["a"].tobytes() == bytes(128)
+    stored = block(0, (1, b"x"), flags=1, line_map=b"\0")
+    path = write_chunk(tmp_path / "constant", stored, bytes(128), "u8")
+    with pytest.raises(ReaderError, match="another length"):
+        read_snapshot(path).tensors()["a"]
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)

@@ -24,7 +24,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pysnap import tree
+from pysnap import paths, tree
 from pysnap.errors import CorruptError, MismatchError, NotFoundError, StateError
 
 # What torch says of its rarer dtypes and layouts.
@@ -570,7 +570,7 @@ def holds_a_list(state: object) -> bool:
 
 @given(st.text("ab/."), st.text("ab/."))
 def test_prune_selects_what_a_name_covers(name: str, path: str) -> None:
-    assert (name in tree._covering(path)) == tree.covers(name, path)
+    assert (name in paths._covering(path)) == tree.covers(name, path)
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
@@ -806,11 +806,11 @@ DAMAGED: dict[str, tuple[object, str]] = {
     ),
     "generator of no state": ({"$generator": {"device": "cpu", "state": ""}}, "no valid state"),
     "generator of zeros": (
-        {"$generator": {"device": "cpu", "state": tree._base64(bytes(5056))}},
+        {"$generator": {"device": "cpu", "state": paths.base64_of(bytes(5056))}},
         "no valid state",
     ),
     "generator of ones": (
-        {"$generator": {"device": "cpu", "state": tree._base64(b"\xff" * 5056)}},
+        {"$generator": {"device": "cpu", "state": paths.base64_of(b"\xff" * 5056)}},
         "no valid state",
     ),
     "datetime of no form": ({"$datetime": "yesterday"}, "isoformat"),

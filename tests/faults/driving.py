@@ -32,9 +32,7 @@ class Driver:
         """As many processes as there are cores, each with its share of the trials."""
         shards = len(os.sched_getaffinity(0))
         processes = [
-            self._start(
-                command, {**arguments, "shard": shard, "shards": shards}
-            )
+            self._start(command, {**arguments, "shard": shard, "shards": shards})
             for shard in range(shards)
         ]
         answers = [self._answer(process, timeout) for process in processes]

@@ -3,9 +3,7 @@ goes on (README.md section 3)."""
 
 from __future__ import annotations
 
-import pytest
 from driving import Driver, Result
-from planted import BUGS
 from workloads import WORKLOADS
 
 HARNESS = "crash states"
