@@ -149,8 +149,8 @@ class Committer:
     ) -> None:
         """Capture, and commit in the background; blocks for the capture.
 
-        A failure is the handle's, not the caller's. What is raised here is not pysnap's: Ctrl-C, or
-        an exception of somebody's `state_dict`.
+        A failure is the handle's, not the caller's, also where memory or threads are refused. What
+        is raised here is not pysnap's: Ctrl-C, or another exception of somebody's `state_dict`.
         """
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         capture: Capture | None = None
@@ -174,8 +174,14 @@ class Committer:
                 capture.abort()
             if thread is None or thread.ident is None:
                 self._fail(handle, error)
-            no_thread = starting and isinstance(error, RuntimeError)
-            if not (isinstance(error, Error) or no_thread):
+            # From a signal handler, one may come while the thread is there already.
+            no_thread = (
+                starting
+                and thread is not None
+                and thread.ident is None
+                and isinstance(error, RuntimeError)
+            )
+            if not (no_thread or isinstance(error, (Error, MemoryError))):
                 handle._told = True
                 raise
         finally:

@@ -495,6 +495,37 @@ def test_no_more_threads_fails_the_snapshot_not_the_training(
         snapshotter.save().wait()
 
 
+def test_an_exception_of_a_signal_handler_is_not_taken_for_a_refused_thread(tmp_path: Path) -> None:
+    """A RuntimeError of the program's own was swallowed when it came while the thread started."""
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        start = snapshotter._committer._start
+
+        def interrupted(thread: threading.Thread) -> None:
+            start(thread)
+            raise RuntimeError("mine")
+
+        snapshotter._committer._start = interrupted  # type: ignore[method-assign]  # right there
+        with pytest.raises(RuntimeError, match="mine"):
+            snapshotter.save()
+        snapshotter._committer._start = start  # type: ignore[method-assign]  # put back
+        snapshotter.save().wait()
+
+
+def test_no_memory_left_fails_the_snapshot_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        with monkeypatch.context() as patch:
+            patch.setattr(snapshotter._stager, "begin", refused)
+            handle = snapshotter.save()
+        with pytest.raises(MemoryError):
+            handle.wait()
+        snapshotter.save().wait()
+
+
 def test_an_exception_of_a_state_dict_is_the_programs_own(tmp_path: Path) -> None:
     class Part:
         broken = False
