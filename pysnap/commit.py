@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -73,7 +74,7 @@ class Handle:
 
     def wait_staged(self, timeout: float | None = None) -> bool:
         """Wait until the state is captured, so that everything may change, or the snapshot has
-        failed; False after `timeout` seconds."""
+        failed; False after `timeout` seconds. Without one, as long as the disk takes."""
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self._staged.wait(timeout):
             return False
@@ -91,7 +92,12 @@ class Handle:
             self._stall += time.monotonic() - start
 
     def wait(self, timeout: float | None = None) -> SnapshotInfo:
-        """Wait until it is durable. Raises its failure, or TimeoutError after `timeout` seconds."""
+        """Wait until it is durable. Raises its failure, or TimeoutError after `timeout` seconds.
+        Without one, as long as the disk takes; Ctrl-C ends it in the main thread.
+
+        In another thread: a snapshot that overlaps with training becomes durable only when the
+        main thread has run some Python, or an optimizer's step, after the copy. Whoever makes the
+        main thread wait for this, without a timeout, waits for ever."""
         deadline = None if timeout is None else time.monotonic() + timeout
         # The committing thread waits for a look of the main thread at what is staged.
         if self.wait_staged(timeout):
@@ -231,6 +237,8 @@ class Committer:
     def _run(
         self, handle: Handle, capture: Capture, metadata: dict[str, Any], notes: Notes
     ) -> None:
+        # By default it kills the process when a file grows past RLIMIT_FSIZE.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGXFSZ})
         try:
             snapshot = self._commit(handle.step, capture, metadata, notes)
         except BaseException as error:
