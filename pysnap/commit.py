@@ -14,6 +14,7 @@ from typing import Any
 from pysnap.best import Best
 from pysnap.capture import Capture
 from pysnap.errors import Error
+from pysnap.memory import check_spare_memory
 from pysnap.notes import Notes
 from pysnap.repository import Repository, Snapshot, discard
 from pysnap.retention import Keep, removable
@@ -166,6 +167,8 @@ class Committer:
         try:
             self._taking = True
             self.newest = handle
+            # Before that, for what is torn down again when no thread starts costs memory, too.
+            check_spare_memory()
             capture = begin()
             handle._capture = capture
             thread = threading.Thread(

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
+# The stack of a thread, 8 MiB by default, and what it allocates until it can tell a failure.
+_SPARE = 32 << 20
 
 
 def available_memory() -> int:
     """Bytes that could be taken without swapping: those of the machine, or of any cgroup that this
     process is in, whichever is least."""
     return min([_machine(), *_groups()])
+
+
+def check_spare_memory() -> None:
+    """Raise MemoryError where the system gives this process hardly any more. In a thread that
+    starts then, Python or the C library may fail in ways that cannot be caught: whoever has started
+    it waits for ever, or the process is ended."""
+    try:
+        mmap.mmap(-1, _SPARE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        raise MemoryError(f"less than {_SPARE >> 20} MiB of memory can be had") from None
 
 
 def _machine() -> int:

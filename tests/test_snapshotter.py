@@ -595,6 +595,26 @@ def test_no_memory_left_fails_the_snapshot_not_the_training(
         snapshotter.save().wait()
 
 
+def test_a_snapshot_that_hardly_has_memory_starts_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread died before it could say so, and training waited for ever for its start."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    started: list[threading.Thread] = []
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        with monkeypatch.context() as patch:
+            patch.setattr("mmap.mmap", refused)
+            patch.setattr(threading.Thread, "start", started.append)
+            handle = snapshotter.save()
+        with pytest.raises(MemoryError, match="32 MiB"):
+            handle.wait()
+        assert not started
+        snapshotter.save().wait()
+
+
 def test_an_exception_of_a_state_dict_is_the_programs_own(tmp_path: Path) -> None:
     class Part:
         broken = False
