@@ -265,13 +265,15 @@ PYBIND11_MODULE(_engine, module) {
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init([](std::size_t chunk_size, std::size_t slots, unsigned workers,
                        unsigned copy_threads, int nice, bool direct_io,
-                       const std::vector<std::string>& zstd, bool adaptive) {
-             return Engine::create({chunk_size, slots, workers, copy_threads, nice, direct_io,
-                                    open_zstd(zstd), adaptive});
+                       const std::vector<std::string>& zstd, bool adaptive, double disk_seconds) {
+             EngineOptions options{chunk_size, slots,     workers,         copy_threads,
+                                   nice,       direct_io, open_zstd(zstd), adaptive};
+             options.disk_timeout = std::chrono::milliseconds(std::llround(disk_seconds * 1e3));
+             return Engine::create(std::move(options));
            }),
            py::kw_only(), py::arg("chunk_size"), py::arg("slots"), py::arg("workers"),
            py::arg("copy_threads"), py::arg("nice"), py::arg("direct_io"), py::arg("zstd"),
-           py::arg("adaptive"))
+           py::arg("adaptive"), py::arg("disk_seconds") = 60.0)
       .def("reserve", &Engine::reserve, py::arg("size"),
            py::arg("devices") = std::vector<DeviceIndex>(),
            py::call_guard<py::gil_scoped_release>())

@@ -15,6 +15,8 @@ namespace {
 
 constexpr std::uint64_t kSampled = 256u << 10;
 constexpr std::uint64_t kSample = 64;
+// Longer than any run; keeps the arithmetic of time points in range.
+constexpr std::chrono::hours kForever{24 * 365 * 100};
 
 // Objects of a forked child are never destroyed: their mutexes may be locked by threads that do not
 // exist there.
@@ -120,7 +122,7 @@ void Job::order(const Streams& streams, void (Device::*order)(StreamHandle)) {
 // false if interrupted.
 bool Job::copy_until_done(const Interrupted& interrupted) {
   try {
-    copy(interrupted);
+    copy(interrupted, engine_.options_.disk_timeout);
   } catch (const Interruption&) {
     return false;
   }
@@ -131,14 +133,14 @@ bool Job::copy_until_done(const Interrupted& interrupted) {
   return true;
 }
 
-void Job::copy(const Interrupted& interrupted) {
+void Job::copy(const Interrupted& interrupted, std::chrono::milliseconds patience) {
   for (;;) {
     {
       std::lock_guard<std::mutex> lock(engine_.mutex_);
       if (!may_copy()) return;
     }
     try {
-      std::optional<Slot> slot = wait_for_slot(interrupted);
+      std::optional<Slot> slot = wait_for_slot(interrupted, patience);
       if (slot) copy_next(std::move(*slot));
     } catch (const std::exception& caught) {
       std::lock_guard<std::mutex> lock(engine_.mutex_);
@@ -147,15 +149,24 @@ void Job::copy(const Interrupted& interrupted) {
   }
 }
 
-// Null once there is nothing to copy any more.
-std::optional<Slot> Job::wait_for_slot(const Interrupted& interrupted) {
+// Null once there is nothing to copy any more. Throws Error(kIo, ETIMEDOUT) where for `patience` no
+// chunk has got a slot.
+std::optional<Slot> Job::wait_for_slot(const Interrupted& interrupted,
+                                       std::chrono::milliseconds patience) {
+  using Clock = std::chrono::steady_clock;
   std::optional<Slot> slot = engine_.pool_->try_acquire();
+  std::size_t seen = 0;
+  Clock::time_point moved = Clock::now();
   while (!slot) {
     {
       std::lock_guard<std::mutex> lock(engine_.mutex_);
       if (!may_copy()) break;
       holding_ = false;
+      if (next_copy_ != seen) moved = Clock::now();
+      seen = next_copy_;
     }
+    if (Clock::now() - moved >= patience)
+      throw Error::io("waiting for the disk to take", "what fills the staging memory", ETIMEDOUT);
     engine_.work_.notify_all();
     slot = engine_.pool_->acquire(kPoll);
     if (!slot) poll(interrupted);
@@ -498,7 +509,8 @@ void Engine::help_copy() {
     if (closing_) return;
     std::shared_ptr<Job> job = active_;
     lock.unlock();
-    job->copy(nullptr);
+    // Nobody waits for it.
+    job->copy(nullptr, kForever);
     job.reset();
     lock.lock();
   }

@@ -49,6 +49,8 @@ struct EngineOptions {
   std::shared_ptr<const Zstd> zstd;  // null: every chunk is stored raw
   bool adaptive = false;             // encode only chunks that are written sooner so (see Choice)
   std::chrono::milliseconds device_timeout = kDeviceTimeout;
+  // How long a caller waits for a slot while nothing moves: a disk that is dead must not stop it.
+  std::chrono::milliseconds disk_timeout{60'000};
 };
 
 // One chunk of the stream before it is written.
@@ -86,15 +88,16 @@ class Job {
   // Copies the eager chunks; returns when their bytes on the host have been read, and the copies of
   // those on devices are queued and ordered, or the job has failed. The lazy ones are then copied
   // in the background. Blocks for the copies of host memory, and for slots where the state is
-  // larger than the staging memory. Called once, by one thread; false if `interrupted` ended it.
+  // larger than the staging memory: if no chunk gets one for `disk_timeout`, the job fails with
+  // ETIMEDOUT. Called once, by one thread; false if `interrupted` ended it.
   // Of lazy chunks on the host a few bytes are noted: one that has others when it is copied fails
   // the job with Error(kTorn), which finds whoever writes a whole tensor.
   bool capture(const Streams& streams, const Interrupted& interrupted);
 
   // May not be passed before every byte has been read: on the host it copies what is left and
   // waits, on a device it makes `streams` wait. The caller waits only for device copies that could
-  // not be queued before because slots ran out. False if `interrupted` ended the wait; the job goes
-  // on.
+  // not be queued before because slots ran out, as in capture(). False if `interrupted` ended the
+  // wait; the job goes on.
   bool gate(const Streams& streams, const Interrupted& interrupted);
 
   // Creates the pack and reserves its space; from now on chunks are written. Called once. Throws
@@ -123,8 +126,9 @@ class Job {
 
   Job(Engine& engine, std::vector<Extent> extents, std::vector<Span> spans, std::size_t eager);
   bool copy_until_done(const Interrupted& interrupted);
-  void copy(const Interrupted& interrupted);
-  std::optional<Slot> wait_for_slot(const Interrupted& interrupted);
+  void copy(const Interrupted& interrupted, std::chrono::milliseconds patience);
+  std::optional<Slot> wait_for_slot(const Interrupted& interrupted,
+                                    std::chrono::milliseconds patience);
   void copy_next(Slot slot);
   InFlight stage(std::size_t chunk, Slot slot) const;
   Digest sample(std::size_t chunk, const std::uint8_t* copy) const;

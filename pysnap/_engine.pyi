@@ -54,9 +54,10 @@ class Engine:
         direct_io: bool,
         zstd: Sequence[str],
         adaptive: bool,
+        disk_seconds: float = ...,
     ) -> None:
         """Without `zstd` every chunk is stored raw; `adaptive`: those that are written sooner
-        so."""
+        so. `disk_seconds`: how long `capture` and `gate` wait for a disk that takes nothing."""
 
     def reserve(self, size: int, devices: Sequence[int] = ...) -> None:
         """Have staging memory made ready in the background, pinned where `devices` has a CUDA

@@ -4,6 +4,7 @@ manifest."""
 from __future__ import annotations
 
 import datetime
+import errno
 import logging
 import operator
 import threading
@@ -19,7 +20,7 @@ import torch
 
 from pysnap import _engine, tree
 from pysnap.config import Config
-from pysnap.errors import StateError, TornError
+from pysnap.errors import Error, StateError, StorageError, TornError
 from pysnap.gate import Gate
 from pysnap.layout import HOST, Leaf, Places, Plan, current_streams, make_plan
 from pysnap.manifest import Manifest
@@ -29,6 +30,8 @@ from pysnap.zstd import zstd_libraries
 
 _log = logging.getLogger("pysnap")
 
+# How long training waits for a disk that takes nothing, before the snapshot is given up.
+DISK_SECONDS = 60.0
 _POLL_SECONDS = 0.02
 _NAMES_SHOWN = 3
 
@@ -56,6 +59,7 @@ class Stager:
             direct_io=config.direct_io,
             zstd=zstd,
             adaptive=config.codec == "auto",
+            disk_seconds=DISK_SECONDS,
         )
         self._steady: _Steady | None = None
         self._told: str | None = None  # why copies from devices are slow
@@ -242,19 +246,32 @@ class Capture:
 
     def copy(self) -> None:
         """Return when the bytes have been read that may not wait, or the job has failed; `write`
-        tells a failure. A device reads them ahead of what is queued on its current stream later."""
+        tells a failure. A device reads them ahead of what is queued on its current stream later.
+
+        Where they do not fit into the staging memory, it waits for the disk; after DISK_SECONDS in
+        which the disk takes nothing the job fails."""
         try:
             self._job.capture(current_streams(self._devices))
+            self._tell_given_up()
         finally:
             self._copied.set()
 
     def gate(self) -> None:
         """Return when every byte has been read, or is read ahead of what is queued on the device's
         current stream later: before it, nothing may change what is copied lazily. Safe to repeat;
-        `write` tells a failure."""
+        waits, and a failure is told, as by `copy`."""
         if not self._guard.settled():
             self._job.gate(current_streams(self._devices))
             self._guard.look()
+            self._tell_given_up()
+
+    def _tell_given_up(self) -> None:
+        """`write` tells it only when the disk moves again."""
+        try:
+            self._job.wait_written(0)
+        except Error as error:
+            if isinstance(error, StorageError) and error.errno == errno.ETIMEDOUT:
+                _log.warning("a snapshot is given up, and training goes on: %s", error)
 
     def wait_staged(self, timeout: float | None) -> bool:
         """Wait until every byte has been read, or the job has failed; False after `timeout` s."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 from pysnap.best import Best
 from pysnap.capture import Capture
 from pysnap.errors import Error
+from pysnap.memory import check_spare_memory
 from pysnap.notes import Notes
 from pysnap.repository import Repository, Snapshot, discard
 from pysnap.retention import Keep, removable
@@ -73,7 +75,7 @@ class Handle:
 
     def wait_staged(self, timeout: float | None = None) -> bool:
         """Wait until the state is captured, so that everything may change, or the snapshot has
-        failed; False after `timeout` seconds."""
+        failed; False after `timeout` seconds. Without one, as long as the disk takes."""
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self._staged.wait(timeout):
             return False
@@ -91,7 +93,12 @@ class Handle:
             self._stall += time.monotonic() - start
 
     def wait(self, timeout: float | None = None) -> SnapshotInfo:
-        """Wait until it is durable. Raises its failure, or TimeoutError after `timeout` seconds."""
+        """Wait until it is durable. Raises its failure, or TimeoutError after `timeout` seconds.
+        Without one, as long as the disk takes; Ctrl-C ends it in the main thread.
+
+        In another thread: a snapshot that overlaps with training becomes durable only when the
+        main thread has run some Python, or an optimizer's step, after the copy. Whoever makes the
+        main thread wait for this, without a timeout, waits for ever."""
         deadline = None if timeout is None else time.monotonic() + timeout
         # The committing thread waits for a look of the main thread at what is staged.
         if self.wait_staged(timeout):
@@ -149,8 +156,8 @@ class Committer:
     ) -> None:
         """Capture, and commit in the background; blocks for the capture.
 
-        A failure is the handle's, not the caller's. What is raised here is not pysnap's: Ctrl-C, or
-        an exception of somebody's `state_dict`.
+        A failure is the handle's, not the caller's, also where memory or threads are refused. What
+        is raised here is not pysnap's: Ctrl-C, or another exception of somebody's `state_dict`.
         """
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         capture: Capture | None = None
@@ -160,6 +167,8 @@ class Committer:
         try:
             self._taking = True
             self.newest = handle
+            # Before that, for what is torn down again when no thread starts costs memory, too.
+            check_spare_memory()
             capture = begin()
             handle._capture = capture
             thread = threading.Thread(
@@ -174,8 +183,14 @@ class Committer:
                 capture.abort()
             if thread is None or thread.ident is None:
                 self._fail(handle, error)
-            no_thread = starting and isinstance(error, RuntimeError)
-            if not (isinstance(error, Error) or no_thread):
+            # From a signal handler, one may come while the thread is there already.
+            no_thread = (
+                starting
+                and thread is not None
+                and thread.ident is None
+                and isinstance(error, RuntimeError)
+            )
+            if not (no_thread or isinstance(error, (Error, MemoryError))):
                 handle._told = True
                 raise
         finally:
@@ -225,6 +240,8 @@ class Committer:
     def _run(
         self, handle: Handle, capture: Capture, metadata: dict[str, Any], notes: Notes
     ) -> None:
+        # By default it kills the process when a file grows past RLIMIT_FSIZE.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGXFSZ})
         try:
             snapshot = self._commit(handle.step, capture, metadata, notes)
         except BaseException as error:

@@ -38,9 +38,9 @@ def save(
     """Write `state`, nested values of the closed set of types with tensors, as one snapshot
     directory `path`, which must not exist.
 
-    Returns when it is durable. Raises StateError for what cannot be stored and StorageError where
-    the disk refuses. `path` is whole or absent, whatever happens; a process that is killed
-    meanwhile leaves a `.partial-` directory beside it, which may be removed.
+    Returns when it is durable, as long as the disk takes. Raises StateError for what cannot be
+    stored and StorageError where the disk refuses. `path` is whole or absent, whatever happens; a
+    process that is killed meanwhile leaves a `.partial-` directory beside it, which may be removed.
     """
     described = plain_json(metadata or {})
     target = Path(path).absolute()

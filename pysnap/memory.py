@@ -2,37 +2,71 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+from collections.abc import Iterator
 from pathlib import Path
 
+_PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
+# The stack of a thread, 8 MiB by default, and what it allocates until it can tell a failure.
+_SPARE = 32 << 20
 
 
 def available_memory() -> int:
-    """Bytes that could be taken without swapping: those of the machine or of the cgroup,
-    whichever is less."""
-    machine = _machine()
-    group = _cgroup()
-    return machine if group is None else min(machine, group)
+    """Bytes that could be taken without swapping: those of the machine, or of any cgroup that this
+    process is in, whichever is least."""
+    return min([_machine(), *_groups()])
+
+
+def check_spare_memory() -> None:
+    """Raise MemoryError where the system gives this process hardly any more. In a thread that
+    starts then, Python or the C library may fail in ways that cannot be caught: whoever has started
+    it waits for ever, or the process is ended."""
+    try:
+        mmap.mmap(-1, _SPARE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        raise MemoryError(f"less than {_SPARE >> 20} MiB of memory can be had") from None
 
 
 def _machine() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in (_PROC / "meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")
+    raise OSError(f"{_PROC}/meminfo has no MemAvailable")
 
 
-def _cgroup() -> int | None:
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            bound, used = (
-                (_CGROUP / limit).read_text().strip(),
-                (_CGROUP / usage).read_text().strip(),
-            )
-        except OSError:
-            continue
-        return None if bound == "max" else max(0, int(bound) - int(used))
-    return None
+def _groups() -> Iterator[int]:
+    """What is left in each cgroup above this process that has a limit."""
+    with contextlib.suppress(OSError):
+        for line in (_PROC / "self" / "cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            # Inside a container the name may be that of the machine outside, where nothing is found
+            # but the root, which is the container's own group.
+            if controllers == "":
+                folder, files = _CGROUP, ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                folder = _CGROUP / "memory"
+                files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            group = folder / name.lstrip("/")
+            for place in (group, *group.parents):
+                yield from _left(place, *files)
+                if place == folder:
+                    break
+
+
+def _left(group: Path, limit: str, usage: str, cache: str) -> Iterator[int]:
+    with contextlib.suppress(OSError, ValueError):
+        bound = (group / limit).read_text().strip()
+        if bound == "max":
+            return
+        used = int((group / usage).read_text())
+        # Of what is used, files that were read or written once: the system gives them up at once.
+        with contextlib.suppress(OSError):
+            for line in (group / "memory.stat").read_text().splitlines():
+                name, _, value = line.partition(" ")
+                if name == cache:
+                    used -= int(value)
+        yield max(0, int(bound) - used)

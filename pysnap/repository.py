@@ -218,7 +218,10 @@ class Repository:
         self._pass_sequences(listing)
 
     def begin(self) -> Path:
-        """A new directory for the packs of one snapshot."""
+        """A new directory for the packs of one snapshot. Raises StorageError where the repository
+        was removed, moved or replaced meanwhile: it is never made again, for what is found there
+        may be an empty mount point or somebody else's."""
+        self._lock.check()
         return new_partial(self.root)
 
     def next_sequence(self) -> int:
@@ -266,6 +269,7 @@ class Repository:
 
     def delete(self, path: Path) -> None:
         """Remove a snapshot: it disappears at once and whole."""
+        self._lock.check()
         trash = self.root / f"{_TRASH}{uuid.uuid4().hex}"
         storage.rename(path, trash)
         self._known.pop(path, None)

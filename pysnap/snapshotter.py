@@ -66,6 +66,10 @@ class Snapshotter:
 
     Methods belong to the training thread. In a forked child those that take a snapshot or put one
     back raise ClosedError.
+
+    A step waits for the copy of host memory, and for the disk only where the state is larger than
+    `host_memory`: if the disk takes nothing for 60 s, the snapshot is given up. What waits longer
+    says so below; Ctrl-C ends it.
     """
 
     def __init__(
@@ -92,7 +96,8 @@ class Snapshotter:
 
         Raises ConfigError for settings or parts that cannot be, StateError for a part that cannot
         be stored, BusyError while another process writes there, StorageError for a path that cannot
-        be used, FormatError for a repository of another format.
+        be used or where the system refuses threads, FormatError for a repository of another format.
+        Waits for the disk, and for no other process.
         """
         settings = Config.resolve(
             every=None if every is None else str(every),
@@ -217,7 +222,7 @@ class Snapshotter:
 
         `which` is `"newest"`, `"best"`, `"off"`, `"step=N"`, `"tag=NAME"` or a snapshot's path;
         `step` and `tag` say the same; `PYSNAP_RESUME` wins over them. Of those that fit the rule,
-        damaged ones are skipped with a warning.
+        damaged ones are skipped with a warning. Waits for the snapshot in flight, and for the disk.
 
         The snapshot must fit the live objects in every object, name, shape and type. Ways past it:
         `strict=False` leaves what does not fit as it is live, and tells it in a warning; `only`
@@ -282,8 +287,9 @@ class Snapshotter:
             raise CorruptError(f"{error}; damaged are: {'; '.join(skipped)}") from None
 
     def save(self, *, tag: str | Iterable[str] = (), overlap: bool = False) -> Handle:
-        """Take a snapshot now, after the one that is in flight is done; blocks for that and for the
-        capture. Its failure comes from the handle. Retention keeps it while it has a tag.
+        """Take a snapshot now, after the one that is in flight is done; blocks for that, as long as
+        the disk takes, and for the capture. Its failure comes from the handle. Retention keeps it
+        while it has a tag.
 
         With `overlap`, what the registered optimizers alone change is copied until one of them
         steps, as for a snapshot that is due at the end of a step: nothing else may change it until
@@ -325,8 +331,9 @@ class Snapshotter:
         return True
 
     def wait_ready(self) -> None:
-        """Block until the staging memory that construction asked for is ready. Only a measurement
-        needs this: a snapshot that comes earlier waits for what it needs."""
+        """Block until the staging memory that construction asked for is ready, or the system has
+        refused more: for as long as it takes to touch it. Only a measurement needs this: a snapshot
+        that comes earlier waits for what it needs."""
         self._check_open()
         self._stager.wait_reserved()
 
@@ -337,6 +344,10 @@ class Snapshotter:
     def close(self) -> None:
         """Take a snapshot that is still due, wait until the last one is durable and release
         everything; safe to repeat.
+
+        Waits as long as the disk and `on_durable` take; Ctrl-C ends that, and close() may be
+        called again. With a dead disk the process cannot end either before the kernel gives its
+        thread back: `Handle.wait(timeout)` tells that in time.
 
         Raises the failure of the snapshot that was asked for last.
         """

@@ -7,6 +7,7 @@ Failures are StorageErrors that name the operation and the path.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -202,6 +203,28 @@ class WriterLock:
         # It is written: a hard link could lead to a file of somebody else's.
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             raise OSError(22, "it is not a regular file of its own; remove it")
+
+    def check(self) -> None:
+        """Raise StorageError where the path does not lead to the locked file any more: its
+        directory was removed or moved, or another one is in its place."""
+        assert self._descriptor is not None
+        locked = os.fstat(self._descriptor)
+        try:
+            found = os.stat(self._path, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            number, what = error.errno or errno.ENOENT, "is gone, or has lost its writer lock"
+        except OSError as error:
+            raise StorageError.wrap(error, f"looking for {self._path}", self._path) from error
+        else:
+            if os.path.samestat(locked, found):
+                return
+            number, what = errno.ESTALE, "is another directory than the one that was opened"
+        root = self._path.parent
+        raise StorageError(
+            number,
+            f"{root} {what}; put it back where it was, or begin again with a new Snapshotter",
+            str(root),
+        ) from None
 
     def release(self) -> None:
         """Give the lock back; safe to repeat."""

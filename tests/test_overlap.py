@@ -4,6 +4,7 @@ state of one moment."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import subprocess
 import sys
@@ -333,6 +334,51 @@ def test_weights_that_are_replaced_by_data_fail_the_snapshot(tmp_path: Path, dis
     assert not list(tmp_path.glob("step-*"))
 
 
+def test_changes_are_looked_for_as_soon_as_everything_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not only when it is written: what changes meanwhile is behind the copy."""
+    disk = threading.Event()
+
+    class Slow:
+        """A job whose writing waits for the disk."""
+
+        def __init__(self, job: Any) -> None:
+            self._job = job
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._job, name)
+
+        def wait_written(self, timeout: float | None = None) -> bool:
+            if timeout is None:
+                assert disk.wait(60)
+            return bool(self._job.wait_written(timeout))
+
+    monkeypatch.setenv("PYSNAP_HOST_MEMORY", "8MiB")
+    program = Program(tmp_path, every=1)
+    begin = program.snapshotter._stager.begin
+
+    def slow(*args: Any, **options: Any) -> Capture:
+        capture = begin(*args, **options)
+        capture._job = Slow(capture._job)  # type: ignore[assignment]  # the same job
+        return capture
+
+    program.snapshotter._stager.begin = slow  # type: ignore[method-assign]  # a slow disk
+    with program.snapshotter.step():
+        program.train()
+    newest = program.snapshotter._committer.newest
+    assert newest is not None and newest._capture is not None
+    expected = program.state()
+    deadline = time.monotonic() + 60
+    # Not blocked: the look is taken between two instructions of this thread.
+    while not newest._capture._guard.settled() and time.monotonic() < deadline:
+        pass
+    clamp(program)
+    disk.set()
+    program.snapshotter.close()
+    assert_same(stored(tmp_path), expected)
+
+
 def test_what_changes_behind_the_copy_does_not_matter(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,6 +561,34 @@ def test_a_snapshotter_that_its_own_commit_collects_still_commits(
     finally:
         gc.enable()
     assert pysnap.load(tmp_path)["progress"]["step"] == 1
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_disk_that_takes_nothing_does_not_stop_training_for_ever(
+    tmp_path: Path,
+    disk: Disk,
+    overlap: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A state larger than the staging memory waited for a frozen disk until it was thawed."""
+    monkeypatch.setattr("pysnap.capture.DISK_SECONDS", 1.0)
+    program = Program(tmp_path, every=1, overlap=overlap)
+    disk.hold()
+    for _ in range(3):
+        with program.snapshotter.step():
+            program.train()
+    assert "given up" in caplog.text and program.snapshotter.stats().late == 1
+    newest = program.snapshotter._committer.newest
+    disk.release()
+    assert newest is not None
+    with pytest.raises(pysnap.StorageError, match="disk") as told:
+        newest.wait(60)
+    assert told.value.errno == errno.ETIMEDOUT
+
+    expected = program.state()
+    program.snapshotter.close()
+    assert_same(stored(tmp_path), expected)
 
 
 # Durable without another step

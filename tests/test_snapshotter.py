@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,6 +187,25 @@ def test_a_background_failure_names_errno_path_and_step_and_the_next_one_works(
     snapshotter.close()
     assert steps_on_disk(repository_path) == [2]
     assert not list(repository_path.glob(".partial-*"))
+
+
+def test_a_limit_on_the_length_of_files_does_not_kill_the_process(tmp_path: Path) -> None:
+    """Where a program had put the signal's default back, the manifest's write killed it."""
+    code = """
+import resource, signal, sys, pysnap
+values = {"text": "x" * 100_000}
+with pysnap.Snapshotter(sys.argv[1], values=values) as snapshotter:
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+    try:
+        snapshotter.save().wait()
+    except pysnap.StorageError as error:
+        print(error.errno)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    snapshotter.save().wait()
+"""
+    done = run_python(code, tmp_path / "run")
+    assert (done.returncode, done.stdout) == (0, f"{errno.EFBIG}\n"), done.stderr
 
 
 def resource_limit(size: int | None) -> None:
@@ -376,6 +396,55 @@ def test_a_directory_with_other_files_is_not_taken_over(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("damage", ["moved", "replaced", "empty", "link"])
+def test_a_repository_that_is_moved_or_replaced_fails_snapshots_until_it_is_back(
+    tmp_path: Path, damage: str
+) -> None:
+    """A snapshot was written into another directory, for which this process held no lock."""
+    root, real, away, other = (tmp_path / name for name in ("run", "real", "away", "other"))
+    pysnap.Snapshotter(other, values={"a": 2}).close()
+    real.mkdir()
+    if damage == "link":
+        root.symlink_to(real)
+    with pysnap.Snapshotter(root, values={"a": 1}) as snapshotter:
+        snapshotter.save().wait()
+        if damage == "link":
+            root.unlink()
+            root.symlink_to(other)
+        else:
+            root.rename(away)
+            if damage == "replaced":
+                other.rename(root)
+            elif damage == "empty":
+                root.mkdir()
+        before = sorted(root.rglob("*"))
+        with pytest.raises(pysnap.StorageError, match="put it back") as told:
+            snapshotter.save().wait()
+        assert told.value.errno in (errno.ENOENT, errno.ESTALE)
+        assert told.value.filename == str(root) and sorted(root.rglob("*")) == before
+
+        if damage == "link":
+            root.unlink()
+            root.symlink_to(real)
+        else:
+            if root.exists():
+                shutil.rmtree(root)
+            away.rename(root)
+        assert snapshotter.save().wait().path.name == "step-000000000.1"
+
+
+def test_a_repository_that_is_removed_is_not_made_again(tmp_path: Path) -> None:
+    snapshotter = pysnap.Snapshotter(tmp_path / "run", values={"a": 1}, every=1)
+    shutil.rmtree(tmp_path / "run")
+    for _ in range(2):
+        with snapshotter.step():
+            pass
+        snapshotter._committer.wait_idle()
+    with pytest.raises(pysnap.StorageError, match="run is gone"):
+        snapshotter.close()
+    assert snapshotter.stats().failed == 2 and not (tmp_path / "run").exists()
+
+
 def test_an_unwritable_path(tmp_path: Path) -> None:
     with pytest.raises(pysnap.StorageError, match="/proc/nowhere"):
         pysnap.Snapshotter("/proc/nowhere/run", values={"a": 1})
@@ -492,6 +561,57 @@ def test_no_more_threads_fails_the_snapshot_not_the_training(
             handle = snapshotter.save()
         with pytest.raises(RuntimeError, match="new thread"):
             handle.wait()
+        snapshotter.save().wait()
+
+
+def test_an_exception_of_a_signal_handler_is_not_taken_for_a_refused_thread(tmp_path: Path) -> None:
+    """A RuntimeError of the program's own was swallowed when it came while the thread started."""
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        start = snapshotter._committer._start
+
+        def interrupted(thread: threading.Thread) -> None:
+            start(thread)
+            raise RuntimeError("mine")
+
+        snapshotter._committer._start = interrupted  # type: ignore[method-assign]  # right there
+        with pytest.raises(RuntimeError, match="mine"):
+            snapshotter.save()
+        snapshotter._committer._start = start  # type: ignore[method-assign]  # put back
+        snapshotter.save().wait()
+
+
+def test_no_memory_left_fails_the_snapshot_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        with monkeypatch.context() as patch:
+            patch.setattr(snapshotter._stager, "begin", refused)
+            handle = snapshotter.save()
+        with pytest.raises(MemoryError):
+            handle.wait()
+        snapshotter.save().wait()
+
+
+def test_a_snapshot_that_hardly_has_memory_starts_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread died before it could say so, and training waited for ever for its start."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    started: list[threading.Thread] = []
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        with monkeypatch.context() as patch:
+            patch.setattr("mmap.mmap", refused)
+            patch.setattr(threading.Thread, "start", started.append)
+            handle = snapshotter.save()
+        with pytest.raises(MemoryError, match="32 MiB"):
+            handle.wait()
+        assert not started
         snapshotter.save().wait()
 
 

@@ -294,6 +294,26 @@ TEST(one_engine_takes_many_snapshots) {
   }
 }
 
+TEST(a_disk_that_takes_nothing_fails_the_job_and_lets_the_caller_go_on) {
+  const TemporaryDirectory directory;
+  EngineOptions options = small_engine();
+  options.slots = 2;
+  options.disk_timeout = std::chrono::milliseconds{1};
+  const std::shared_ptr<Engine> engine = Engine::create(options);
+  const State state = State::of_chunks(6);
+  for (const std::size_t eager : {std::size_t{0}, std::size_t{6}}) {
+    const std::shared_ptr<Job> job = begin(*engine, state, eager);
+    CHECK(job->capture({}, nullptr));
+    CHECK(job->gate({}, nullptr));
+    CHECK_EQ(errno_of([&] { job->wait_written(kAtOnce); }), ETIMEDOUT);
+    CHECK_EQ(errno_of([&] { job->open_pack(directory / std::to_string(eager)); }), ETIMEDOUT);
+    job->abort();
+  }
+  const std::shared_ptr<Job> job = begin(*engine, State::of_chunks(2));
+  CHECK(job->capture({}, nullptr));
+  job->abort();
+}
+
 TEST(a_state_without_bytes_makes_an_empty_pack) {
   const TemporaryDirectory directory;
   const std::shared_ptr<Engine> engine = Engine::create(small_engine());

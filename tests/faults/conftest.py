@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import shim
 from driving import Driver
+from programs import Zygote, zygote_running
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # support.py
 
@@ -60,6 +61,13 @@ def driver(library: Path) -> Iterator[Driver]:
     folder = tempfile.mkdtemp(prefix="pysnap-faults-", dir=memory if usable else None)
     yield Driver(library, Path(folder))
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Starts programs in processes of their own."""
+    with zygote_running() as zygote:
+        yield zygote
 
 
 class Count:
