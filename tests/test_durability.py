@@ -1,5 +1,5 @@
-"""What is made durable, in which order, and what is told when that fails. tests/faults tries the same
-by what power cuts leave and by failing every operation."""
+"""What is made durable, in which order, and what is told when that fails. tests/faults tries the
+same by what power cuts leave and by failing every operation."""
 
 from __future__ import annotations
 
@@ -141,9 +141,7 @@ def test_a_header_that_cannot_be_looked_at_is_not_written_anew(
 # A commit of which nobody knows whether it is durable
 
 
-def unsynced(
-    monkeypatch: pytest.MonkeyPatch, root: Path, sync: Callable[[Path], None]
-) -> None:
+def unsynced(monkeypatch: pytest.MonkeyPatch, root: Path, sync: Callable[[Path], None]) -> None:
     """Syncing the repository fails while it holds a snapshot of step 2."""
 
     def fail(path: Path) -> None:
