@@ -83,7 +83,8 @@ def inject(
     own = Path(folder) / f"inject-{shard}"
     own.mkdir()
     template = make_template(own / "template") if existing else None
-    operations = Run(shim, own / "rehearsal", template).rehearse()
+    with planted.bug(bug, shim):
+        operations = Run(shim, own / "rehearsal", template).rehearse()
     plan = [
         (operation, injection)
         for operation, injection in injections(operations, everything=everything)
@@ -115,7 +116,8 @@ def kill(
     place = own / "rehearsal"
     prepare(place, template)
     shim.start(place)
-    write_snapshots(place, lambda what, value: None, first=3 if existing else 1)
+    with planted.bug(bug, shim):
+        write_snapshots(place, lambda what, value: None, first=3 if existing else 1)
     shim.stop()
     operations = shim.log()
     plan = [

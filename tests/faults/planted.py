@@ -109,6 +109,12 @@ def _stays_visible(
     return repository.Snapshot(path, manifest)
 
 
+def _discard_at_once(partial: Path) -> None:
+    """What became visible and was taken back is unlinked before that is durable."""
+    with contextlib.suppress(StorageError):
+        storage.remove_directory(partial)
+
+
 def _write_whatever_sync_says(path: Path, data: bytes) -> None:
     """A file of which the sync fails counts as written."""
     with open(path, "xb", buffering=0) as file:
@@ -132,6 +138,7 @@ _REPLACED: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "errors of unlink are ignored": (repository.Repository, "delete", _delete_in_place),
     "trash is not synced": (repository.Repository, "delete", _delete_unsynced),
     "a failed commit stays visible": (repository, "publish", _stays_visible),
+    "what was taken back is unlinked at once": (commit, "discard", _discard_at_once),
     "a failed sync of the manifest is ignored": (storage, "write_file", _write_whatever_sync_says),
     "a failure is not told": (commit.Committer, "_fail", _fail_in_silence),
 }

@@ -26,6 +26,7 @@ _OF_CRASHES = {
     "the old snapshot is deleted first": "retention",
     "errors of unlink are ignored": "retention",
     "trash is not synced": "retention",
+    "what was taken back is unlinked at once": "outcome_unknown",
 }
 # Bugs that failing operations show, and the kind of operation that does it.
 _OF_FAULTS = {
