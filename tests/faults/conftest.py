@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import shim
-from driving import Driver
+from driving import Driver, temporary_directory
 from programs import Zygote, zygote_running
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # support.py
@@ -55,12 +52,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def driver(library: Path) -> Iterator[Driver]:
-    """Starts drive.py; its directories are in memory where that is possible."""
-    memory = Path("/dev/shm")
-    usable = memory.is_dir() and os.access(memory, os.W_OK)
-    folder = tempfile.mkdtemp(prefix="pysnap-faults-", dir=memory if usable else None)
-    yield Driver(library, Path(folder))
-    shutil.rmtree(folder, ignore_errors=True)
+    """Starts drive.py."""
+    with temporary_directory() as folder:
+        yield Driver(library, folder)
 
 
 @pytest.fixture(scope="session")

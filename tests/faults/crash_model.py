@@ -307,6 +307,7 @@ class CrashState:
     marks: tuple[str, ...]
     """The harness's notes before it."""
     why: str
+    rank: int
 
     def lay_out(self, folder: Path) -> None:
         """Make it real in a new directory."""
@@ -321,10 +322,11 @@ class CrashState:
                 place.write_bytes(content)
 
 
-def crash_states(root: str, log: Sequence[Operation], *, seed: int, mixes: int) -> list[CrashState]:
-    """Every state that a power cut after some operation may leave, each once: all that is pending
-    kept, or lost; one thing alone lost, or kept; all up to one kept; one write torn, or zero; and
-    `mixes` random mixtures."""
+def crash_states(
+    name: str, root: str, log: Sequence[Operation], *, seed: int, mixes: int
+) -> list[CrashState]:
+    """Every state that a power cut after some operation of the workload may leave, each once: see
+    `_fates`."""
     file_system = FileSystem(root)
     marks: list[str] = []
     seen: set[int] = set()
@@ -334,31 +336,46 @@ def crash_states(root: str, log: Sequence[Operation], *, seed: int, mixes: int) 
             marks.append(operation.path)
         elif not file_system.apply(operation):
             continue
-        for number, fates in enumerate(_fates(file_system.items(), seed + position, mixes)):
+        mixtures = _fates(file_system.items(), seed + position, mixes)
+        for number, (rank, fates) in enumerate(mixtures):
             tree = file_system.tree(fates, seed + number)
             key = hash((frozenset(tree.items()), len(marks)))
             if key not in seen:
                 seen.add(key)
-                why = f"after operation {position} ({operation}), mixture {number}"
-                states.append(CrashState(tree, tuple(marks), why))
+                why = f"{name}, after operation {position} ({operation}), mixture {number}"
+                states.append(CrashState(tree, tuple(marks), why, rank))
     return states
 
 
-def _fates(items: list[Item], seed: int, mixes: int) -> Iterator[Fates]:
-    lost = dict.fromkeys(items, "lost")
-    yield {}
-    yield lost
+def _fates(items: list[Item], seed: int, mixes: int) -> Iterator[tuple[int, Fates]]:
+    """What may become of what is pending, with a rank, the plainest first: all kept, all lost; one
+    alone lost or kept; all before one kept; one write torn or zero; random mixtures."""
+    yield 0, {}
+    yield 0, dict.fromkeys(items, "lost")
     for index, item in enumerate(items):
-        yield {item: "lost"}
-        yield {other: "lost" for other in items if other is not item}
-        yield dict.fromkeys(items[index:], "lost")
+        yield 1, {item: "lost"}
+        yield 1, {other: "lost" for other in items if other is not item}
+        yield 2, dict.fromkeys(items[index:], "lost")
         if isinstance(item, Write):
-            yield {item: "torn"}
-            yield {item: "zero"}
+            yield 3, {item: "torn"}
+            yield 3, {item: "zero"}
     chance = random.Random(seed)
     for _ in range(mixes if len(items) > 1 else 0):
-        yield {
-            item: chance.choice(("lost", "torn", "zero")) if isinstance(item, Write) else "lost"
-            for item in items
-            if chance.random() < 0.5
-        }
+        yield (
+            4,
+            {
+                item: chance.choice(("lost", "torn", "zero")) if isinstance(item, Write) else "lost"
+                for item in items
+                if chance.random() < 0.5
+            },
+        )
+
+
+def choose(states: Sequence[CrashState], limit: int) -> list[CrashState]:
+    """That many of them: the plainest, and an even choice of the first that are too many."""
+    chosen: list[CrashState] = []
+    for rank in sorted({state.rank for state in states}):
+        equal = [state for state in states if state.rank == rank]
+        room = min(limit - len(chosen), len(equal))
+        chosen += [equal[index * len(equal) // room] for index in range(room)]
+    return chosen

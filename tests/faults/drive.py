@@ -16,25 +16,27 @@ from typing import Any
 
 import planted
 import torch
-from crash_model import CrashState, crash_states
+from crash_model import CrashState, choose, crash_states
 from injection import Run, injections, make_template
+from killing import KilledTraining, kill_at, prepare, write_snapshots
 from oracle import Book, examine, examine_files, go_on, silence
 from shim import Shim
 from workloads import FILES, REPOSITORY, WORKLOADS, marks_to
 
 
-def record(log: str, folder: str, workloads: list[str], bug: str | None = None) -> dict[str, Any]:
-    """Run workloads under the shim, each in a directory of its own, and store their logs."""
+def record(log: str, folder: str, workloads: list[tuple[str, str | None]]) -> dict[str, Any]:
+    """Run workloads, with or without a planted bug, under the shim, each in a directory of its own,
+    and store their logs."""
     shim = Shim()
     logs = {}
-    for name in workloads:
-        root = Path(folder) / name
+    for name, bug in workloads:
+        root = Path(folder) / "recorded"
         root.mkdir(parents=True)
         shim.start(root)
         with planted.bug(bug, shim):
             WORKLOADS[name](root, marks_to(shim), shim)
         shim.stop()
-        logs[name] = (str(root), shim.log())
+        logs[f"{name} with {bug}" if bug else name] = (str(root), shim.log())
         shutil.rmtree(root)
     Path(log).write_bytes(pickle.dumps(logs))
     return {"operations": sum(len(operations) for _, operations in logs.values())}
@@ -44,21 +46,16 @@ def check_states(
     log: str, folder: str, seed: int, mixes: int, limit: int | None, shard: int, shards: int
 ) -> dict[str, Any]:
     """Make the crash states of stored logs real, and try each."""
-    states: list[tuple[str, CrashState]] = []
+    states: list[CrashState] = []
     for name, (root, operations) in pickle.loads(Path(log).read_bytes()).items():
-        found = crash_states(root, operations, seed=seed, mixes=mixes)
-        states += [(name, state) for state in found]
-    total = len(states)
-    if limit is not None and total > limit:
-        states = [states[index * total // limit] for index in range(limit)]
+        states += crash_states(name, root, operations, seed=seed, mixes=mixes)
+    mine = choose(states, limit or len(states))[shard::shards]
     violations = []
-    mine = states[shard::shards]
-    for name, state in mine:
+    for state in mine:
         place = Path(folder) / f"state-{shard}"
-        problems = _try_state(state, place)
-        violations += [f"{name}, {state.why}: {problem}" for problem in problems]
+        violations += [f"{state.why}: {problem}" for problem in _try_state(state, place)]
         shutil.rmtree(place)
-    return {"trials": len(mine), "total": total, "violations": violations}
+    return {"trials": len(mine), "violations": violations}
 
 
 def _try_state(state: CrashState, place: Path) -> list[str]:
@@ -73,29 +70,88 @@ def _try_state(state: CrashState, place: Path) -> list[str]:
 
 
 def inject(
-    folder: str, everything: bool, existing: bool, shard: int, shards: int, bug: str | None = None
+    folder: str,
+    everything: bool,
+    existing: bool,
+    shard: int,
+    shards: int,
+    bug: str | None = None,
+    only: str = "",
 ) -> dict[str, Any]:
-    """Fail every operation of a training run, in every way."""
+    """Fail every operation of a training run, in every way; `only` those of one kind."""
     shim = Shim()
     own = Path(folder) / f"inject-{shard}"
     own.mkdir()
     template = make_template(own / "template") if existing else None
-    operations = Run(shim, own / "rehearsal", template).rehearse()
-    plan = list(injections(operations, everything=everything))[shard::shards]
+    with planted.bug(bug, shim):
+        operations = Run(shim, own / "rehearsal", template).rehearse()
+    plan = [
+        (operation, injection)
+        for operation, injection in injections(operations, everything=everything)
+        if only in ("", operation.kind)
+    ][shard::shards]
     violations = []
-    for injection in plan:
+    for operation, injection in plan:
         place = own / "trial"
-        problems = Run(shim, place, template).under(injection)
-        named = f"{injection} ({operations[injection.first - 1] if not injection.kind else ''})"
-        violations += [f"{named}: {problem}" for problem in problems]
+        with planted.bug(bug, shim):
+            problems = Run(shim, place, template).under(injection)
+        violations += [f"{injection}, {operation}: {problem}" for problem in problems]
         shutil.rmtree(place)
     return {"trials": len(plan), "violations": violations, "operations": len(operations)}
+
+
+def kill(
+    folder: str,
+    existing: bool,
+    shard: int,
+    shards: int,
+    bug: str | None = None,
+    only: str = "",
+) -> dict[str, Any]:
+    """Kill a run before and after every operation; `only` those of one kind."""
+    shim = Shim()
+    own = Path(folder) / f"kill-{shard}"
+    own.mkdir()
+    template = make_template(own / "template") if existing else None
+    place = own / "rehearsal"
+    prepare(place, template)
+    shim.start(place)
+    with planted.bug(bug, shim):
+        write_snapshots(place, lambda what, value: None, first=3 if existing else 1)
+    shim.stop()
+    operations = shim.log()
+    plan = [
+        (number, how)
+        for number, operation in enumerate(operations, 1)
+        for how in ("kill before", "kill after")
+        if only in ("", operation.kind)
+        # Nothing has happened since the operation before.
+        if how == "kill after" or operation.kind not in ("readdir", "stat", "read", "pread")
+    ][shard::shards]
+    violations = []
+    for number, how in plan:
+        with planted.bug(bug, shim):
+            problems = kill_at(shim, own, template, number, how)
+        violations += [f"{how} {operations[number - 1]}: {problem}" for problem in problems]
+    return {"trials": len(plan), "violations": violations}
+
+
+def kill_training(folder: str, trials: int, seed: int, shard: int, shards: int) -> dict[str, Any]:
+    """Kill real training runs at random moments."""
+    own = Path(folder) / f"training-{shard}"
+    own.mkdir()
+    training = KilledTraining(own)
+    seeds = [1000 * (seed + trial) for trial in range(trials)][shard::shards]
+    violations = [f"seed {seed}: {problem}" for seed in seeds for problem in training.trial(seed)]
+    return {"trials": len(seeds), "violations": violations}
 
 
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "record": record,
     "check_states": check_states,
     "inject": inject,
+    "kill": kill,
+    "kill_training": kill_training,
 }
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,18 @@ PROGRAM = Path(__file__).parent / "drive.py"
 # Small, so that a snapshot has several chunks and a state of the disk is quickly made.
 _SETTINGS = {"PYSNAP_CHUNK_SIZE": "16KiB", "PYSNAP_HOST_MEMORY": "1MiB"}
 _SHOWN = 10
+
+
+@contextlib.contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """In memory where that is possible: trials write much and need no disk."""
+    memory = Path("/dev/shm")
+    usable = memory.is_dir() and os.access(memory, os.W_OK)
+    folder = tempfile.mkdtemp(prefix="pysnap-faults-", dir=memory if usable else None)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

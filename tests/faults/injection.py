@@ -42,9 +42,11 @@ class Injection:
         return f"{what} {often} {self.kind or 'operation'} {self.first}"
 
 
-def injections(operations: list[Operation], *, everything: bool) -> Iterator[Injection]:
-    """Faults for every operation of a run without faults; without `everything`, EIO for each, and
-    the other errors in turn."""
+def injections(
+    operations: list[Operation], *, everything: bool
+) -> Iterator[tuple[Operation, Injection]]:
+    """Faults for every operation of a run without faults, with that operation; without
+    `everything`, EIO for each, and the other errors in turn."""
     seen: dict[str, int] = {}
     before = ""
     others = itertools.cycle(ERRORS[1:])
@@ -55,19 +57,19 @@ def injections(operations: list[Operation], *, everything: bool) -> Iterator[Inj
         if kind == "readdir" and same:
             continue
         for error in ERRORS if everything else (errno.EIO,):
-            yield Injection("fail", error, first=number)
+            yield operation, Injection("fail", error, first=number)
         for error in ERRORS if everything else (next(others),):
-            yield Injection("fail", error, first=number, count=FOREVER)
+            yield operation, Injection("fail", error, first=number, count=FOREVER)
         for error in ERRORS if everything else (next(others),):
-            yield Injection("fail", error, kind=kind, first=seen[kind], count=FOREVER)
-        yield Injection("fail", errno.EINTR, first=number)
+            yield operation, Injection("fail", error, kind=kind, first=seen[kind], count=FOREVER)
+        yield operation, Injection("fail", errno.EINTR, first=number)
         if kind in ("write", "pwrite"):
-            yield Injection("short", first=number)
-            yield Injection("short", kind=kind, first=seen[kind], count=FOREVER)
-            yield Injection("zero", first=number)
-            yield Injection("zero", first=number, count=FOREVER)
+            yield operation, Injection("short", first=number)
+            yield operation, Injection("short", kind=kind, first=seen[kind], count=FOREVER)
+            yield operation, Injection("zero", first=number)
+            yield operation, Injection("zero", first=number, count=FOREVER)
         if everything:
-            yield Injection("delay", _DELAY, first=number)
+            yield operation, Injection("delay", _DELAY, first=number)
 
 
 class _Told(logging.Handler):
@@ -257,7 +259,11 @@ class Run:
 
 def _is_second_look(before: Operation, operation: Operation) -> bool:
     """Python's file objects look again at what has just been looked at, and do without."""
-    return operation.kind == before.kind == "stat" and operation.descriptor == before.descriptor > 0
+    return (
+        operation.kind == before.kind == "stat"
+        and operation.descriptor == before.descriptor
+        and operation.descriptor >= 0
+    )
 
 
 def make_template(folder: Path) -> Path:

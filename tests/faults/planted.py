@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from shim import FOREVER, Shim
 
-from pysnap import repository, storage
+from pysnap import commit, repository, storage
 from pysnap.errors import StorageError
 from pysnap.manifest import Manifest
 from pysnap.notes import FILE as NOTES_FILE
@@ -97,15 +98,50 @@ def _delete_unsynced(self: repository.Repository, path: Path) -> None:
     storage.sync_directory(self.root)
 
 
+def _stays_visible(
+    partial: Path, manifest: Manifest, path: Path, notes: Notes | None = None
+) -> repository.Snapshot:
+    """A commit of which the last sync fails is not taken back."""
+    storage.write_file(partial / "manifest.json", manifest.to_bytes())
+    storage.sync_directory(partial)
+    storage.rename(partial, path)
+    storage.sync_directory(path.parent)
+    return repository.Snapshot(path, manifest)
+
+
+def _discard_at_once(partial: Path) -> None:
+    """What became visible and was taken back is unlinked before that is durable."""
+    with contextlib.suppress(StorageError):
+        storage.remove_directory(partial)
+
+
+def _write_whatever_sync_says(path: Path, data: bytes) -> None:
+    """A file of which the sync fails counts as written."""
+    with open(path, "xb", buffering=0) as file:
+        file.write(data)
+        with contextlib.suppress(OSError):
+            os.fsync(file.fileno())
+
+
+def _fail_in_silence(self: commit.Committer, handle: commit.Handle, error: BaseException) -> None:
+    """The error of a snapshot is not logged, and is that of the file alone."""
+    handle._error = error
+    handle._staged.set()
+    handle._capture = None
+    handle._done.set()
+
+
 # Functions of pysnap that do the right things in the wrong order.
 _REPLACED: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "the manifest comes first": (repository, "publish", _manifest_first),
     "the old snapshot is deleted first": (repository, "publish", _delete_first),
     "errors of unlink are ignored": (repository.Repository, "delete", _delete_in_place),
     "trash is not synced": (repository.Repository, "delete", _delete_unsynced),
+    "a failed commit stays visible": (repository, "publish", _stays_visible),
+    "what was taken back is unlinked at once": (commit, "discard", _discard_at_once),
+    "a failed sync of the manifest is ignored": (storage, "write_file", _write_whatever_sync_says),
+    "a failure is not told": (commit.Committer, "_fail", _fail_in_silence),
 }
-
-BUGS = (*_LIES, *_REPLACED)
 
 
 @contextlib.contextmanager

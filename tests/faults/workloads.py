@@ -127,6 +127,18 @@ def failed_between(folder: Path, note: Note, shim: Shim) -> None:
         writer.save()
 
 
+def outcome_unknown(folder: Path, note: Note, shim: Shim) -> None:
+    """The last sync of a commit fails, once, and again where it is cleaned up."""
+    with Writer(folder, note, last=1) as writer:
+        writer.save()
+        for count in (1, 2):
+            shim.fault("fail", errno.EIO, kind="fsync", pattern=f"*/{REPOSITORY}", count=count)
+            writer.save()
+            shim.clear_faults()
+    with Writer(folder, note, first=4, last=1) as writer:
+        writer.save()
+
+
 def opened_again(folder: Path, note: Note, shim: Shim) -> None:
     with Writer(folder, note, last=2) as writer:
         writer.save()
@@ -204,7 +216,14 @@ WORKLOADS: dict[str, Callable[[Path, Note, Shim], None]] = {
     workload.__name__: workload
     for workload in (
         *(new_repository, retention, many_workers, two_workers, step_taken_again, tags),
-        *(failed_between, opened_again, dead_writers, half_made_repository, streams_through),
+        *(
+            failed_between,
+            outcome_unknown,
+            opened_again,
+            dead_writers,
+            half_made_repository,
+            streams_through,
+        ),
         files,
     )
 }
