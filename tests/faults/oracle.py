@@ -19,7 +19,7 @@ import torch
 
 import pysnap
 from pysnap.repository import Listing, Snapshot, list_snapshots
-from pysnap.restore import verify
+from pysnap.verify import verify_snapshot
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -124,7 +124,7 @@ def examine(root: Path, book: Book) -> list[str]:
 
 def _read(snapshot: Snapshot) -> tuple[int, list[str]]:
     """Number of the attempt that a snapshot is of, and what is wrong with it."""
-    problems = [f"{snapshot.path.name}: {what}" for what in verify(snapshot)]
+    problems = [f"{snapshot.path.name}: {what}" for what in verify_snapshot(snapshot.path).problems]
     try:
         state = pysnap.load(snapshot.path)["model"]
     except pysnap.Error as error:
