@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pysnap import _engine, storage, tree
-from pysnap.dtypes import TORCH_ELEMENTS
+from pysnap.dtypes import TORCH_ELEMENTS, itemsize
 from pysnap.errors import CorruptError, Error, MismatchError, NotFoundError, printable
 from pysnap.layout import (
     HOST,
@@ -43,7 +43,10 @@ def load_state(snapshot: Snapshot, names: Collection[str] | None = None) -> obje
         # An index of no record is told by decode().
         only = {index for _, index in tree.leaves(node) if index < len(snapshot.manifest.tensors)}
     restore = Restore(snapshot, only=only)
-    state = tree.decode(node, restore.leaves.__getitem__)
+    try:
+        state = tree.decode(node, restore.leaves.__getitem__)
+    except (CorruptError, MismatchError) as error:
+        raise type(error)(f"{snapshot.path}: {error}") from None
     restore.read()
     return state
 
@@ -118,10 +121,13 @@ class Restore:
                 self.leaves[members[0]] = leaf = _new(records[members[0]], self._snapshot)
                 self._targets.append((start, _address(leaf), end - start, HOST))
                 continue
-            memory = _memory(end - start, self._snapshot)
-            self._targets.append((start, memory.data_ptr(), end - start, HOST))
+            # Where the largest elements lie at multiples of their size, the others do, too.
+            size, at = max((itemsize(records[m].dtype), records[m].at) for m in members)
+            lead = (start - at) % size
+            memory = _memory(lead + end - start, self._snapshot)
+            self._targets.append((start, memory.data_ptr() + lead, end - start, HOST))
             for index in members:
-                offset = records[index].at - start
+                offset = lead + records[index].at - start
                 self.leaves[index] = _view(memory, offset, records[index], self._snapshot)
 
     def _place(self, leaf: Leaf, record: Record) -> None:
