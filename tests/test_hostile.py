@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zstandard
 from reference_writer import Writer, manifest_bytes
 from support import Run, assert_same
 
@@ -146,6 +148,30 @@ def test_arrays_over_the_same_bytes_share_memory(tmp_path: Path) -> None:
     assert np.shares_memory(first, second) and np.shares_memory(first, third)
     np.testing.assert_array_equal(second, values)
     np.testing.assert_array_equal(third, values[1:31:3])
+
+
+@pytest.mark.parametrize("plane", [(1, b"a"), (2, zstandard.compress(b""))])
+def test_planes_of_nothing_that_are_encoded(tmp_path: Path, plane: tuple[int, bytes]) -> None:
+    """The engine took what the format does not allow, and the other reader refused."""
+    method, payload = plane
+    raw = bytes(4096)
+    entry = struct.pack("<BBBBI", method, 0, 0, 0, len(payload))
+    stored = struct.pack("<BBHI", 1, 1, 0, 0) + bytes(8) + entry + payload
+    writer = Writer(encoding="raw")
+    writer.add(raw, "uint8", [4096])
+    path = tmp_path / "s"
+    writer.write(path, {"x": {"$tensor": 0}})
+    (path / "0.pack").write_bytes(stored + bytes(4096 - len(stored)))
+
+    def encoded(snapshot: dict[str, Any]) -> None:
+        snapshot["chunks"][0][2] = len(stored)
+        snapshot["chunks"][0][5] = "planes"
+
+    rewrite(path, encoded)
+    with pytest.raises(pysnap.CorruptError, match="cannot be decoded"):
+        pysnap.load(path)
+    with pytest.raises(reader.ReaderError):
+        reader.read_snapshot(path).tree()
 
 
 def test_views_of_bytes_that_are_not_aligned_to_the_first(tmp_path: Path) -> None:
