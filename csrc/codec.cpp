@@ -282,6 +282,8 @@ bool PlanesDecoder::decode_block(Element element, Input& in, std::uint8_t* raw, 
 const std::uint8_t* PlanesDecoder::decode_plane(std::uint8_t method, const std::uint8_t* payload,
                                                 std::size_t payload_size, std::uint8_t* scratch,
                                                 std::size_t size) {
+  // Each plane has one encoding where there is nothing to encode.
+  if (size == 0 && method != kMethodRaw) return nullptr;
   switch (method) {
     case kMethodRaw:
       return payload_size == size ? payload : nullptr;

@@ -82,7 +82,11 @@ class Manifest:
     def leaves(self, where: str) -> Iterator[tuple[str, Record]]:
         """Name and record of every tensor and array, in the order of the tree. Raises CorruptError,
         which names `where`, for a tree that is none, or that names a record that does not exist."""
-        for name, index in paths.leaves(self.tree):
+        try:
+            leaves = list(paths.leaves(self.tree))
+        except CorruptError as error:
+            raise CorruptError(f"{where}: {error}") from None
+        for name, index in leaves:
             if index >= len(self.tensors):
                 raise CorruptError(
                     f'{where} is damaged: "{printable(name)}" is tensor {index}, which does not '
@@ -132,6 +136,8 @@ class Manifest:
         ):
             raise CorruptError(f"{where} is no manifest; the file is damaged or cut short")
         body = data[start + len(_MIDDLE) : -len(_SUFFIX)]
+        if not (body.startswith(b"{") and body.endswith(b"}")):
+            raise CorruptError(f"{where} is no manifest; the file is damaged")
         if _engine.digest(body).encode() != data[len(_PREFIX) : start]:
             raise CorruptError(f"{where} does not match its digest; the file is damaged")
         try:

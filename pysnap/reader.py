@@ -98,8 +98,8 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
         if chunk.pack not in unreadable:
             try:
                 snapshot._decoded(chunk)
-            except ReaderError as error:
-                findings.append(f"{error}; {snapshot._holds([chunk])}")
+            except (ReaderError, MemoryError) as error:
+                findings.append(f"{error or 'no memory'}; {snapshot._holds([chunk])}")
     return findings
 
 
@@ -132,6 +132,7 @@ class Snapshot:
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ReaderError(f"manifest.json is malformed: {_shown(str(error))}") from error
         self._regions = _merged(self._tensors)
+        _check_shared([tensor for tensor in self._tensors if tensor.dtype in DTYPES])
         self._live: weakref.WeakValueDictionary[int, Array] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[_Chunk, Array] = OrderedDict()
 
@@ -158,9 +159,11 @@ class Snapshot:
 
     def _read_manifest(self) -> dict[str, Any]:
         with _open_file(os.path.join(self._path, "manifest.json")) as file:
-            data = memoryview(file.read(_MAX_MANIFEST + 1))
-        if len(data) > _MAX_MANIFEST:
-            raise ReaderError("manifest.json is too large")
+            size = os.fstat(file.fileno()).st_size
+            if size > _MAX_MANIFEST:
+                raise ReaderError("manifest.json is too large")
+            # Room for all that is asked for is allocated before anything is read.
+            data = memoryview(file.read(size))
         frame = re.match(rb'\{"digest":"([0-9a-f]{32})","snapshot":(?=\{)', data)
         if frame is None or bytes(data[-2:]) != b"}}":
             raise ReaderError("manifest.json does not have the form of a manifest")
@@ -171,7 +174,7 @@ class Snapshot:
             str(body, "utf-8"), object_pairs_hook=_object, parse_constant=_no_constant
         )
         if type(manifest["format"]) is not int or manifest["format"] != 1:
-            raise ReaderError(f"format {manifest['format']!r} is unknown; use a newer reader")
+            raise ReaderError(f"format {manifest['format']!r:.80} is unknown; use a newer reader")
         for name, kind in (("id", str), ("created", str), ("metadata", dict)):
             if type(manifest[name]) is not kind:
                 raise ReaderError(f"{name} in manifest.json is not of type {kind.__name__}")
@@ -253,7 +256,10 @@ class Snapshot:
             return np.empty(tensor.shape, tensor.numpy)
         number = bisect.bisect_right(self._regions, (tensor.start, _MAX_INT)) - 1
         start, end = self._regions[number]
-        region = self._region(start, end)
+        try:
+            region = self._region(start, end)
+        except MemoryError:
+            raise ReaderError(f"there is no memory for {end - start} bytes") from None
         array: Array = np.ndarray(
             tensor.shape, tensor.numpy, region, tensor.start - start, tensor.strides
         )
@@ -349,6 +355,8 @@ def _number(value: Any, low: int, high: int, what: str) -> int:
 def _text(value: Any) -> str:
     if type(value) is not str:
         raise ReaderError("manifest.json has something else where text belongs")
+    if re.search("[\ud800-\udfff]", value):
+        raise ReaderError("manifest.json has text with half a surrogate pair")
     return value
 
 
@@ -438,6 +446,20 @@ def _numpy_dtype(name: Any) -> np.dtype[Any]:
     return np.dtype(name)
 
 
+def _check_shared(tensors: list[_Tensor]) -> None:
+    """Tensors that share bytes must be able to be views of one storage."""
+    regions = _merged(tensors)
+    members: dict[int, list[_Tensor]] = {}
+    for tensor in tensors:
+        if tensor.start < tensor.end:
+            region = bisect.bisect_right(regions, (tensor.start, _MAX_INT)) - 1
+            members.setdefault(region, []).append(tensor)
+    for group in members.values():
+        largest = max(group, key=lambda tensor: tensor.numpy.itemsize)
+        if any((t.start - largest.start) % t.numpy.itemsize for t in group):
+            raise ReaderError("tensors in manifest.json overlap by parts of an element")
+
+
 def _merged(tensors: Iterable[_Tensor]) -> list[tuple[int, int]]:
     """The parts of the stream that tensors cover; those that share bytes lie in one part."""
     regions: list[tuple[int, int]] = []
@@ -456,6 +478,8 @@ def _plain(node: Any, path: str, depth: int, leaf: Callable[[str, Any, str], Any
     """The Python value of a node; `leaf` makes that of a tensor from its path, index and tag."""
     if isinstance(node, float) and not math.isfinite(node):
         raise ReaderError("manifest.json has a number that is too large")
+    if isinstance(node, str):
+        return _text(node)
     if not isinstance(node, (dict, list)):
         return node
     tag, content = _tagged(node)
@@ -465,10 +489,11 @@ def _plain(node: Any, path: str, depth: int, leaf: Callable[[str, Any, str], Any
         return _value(tag, content)
     if depth == _MAX_DEPTH:
         raise ReaderError("the tree is nested too deep")
+    entries: list[tuple[Any, str, Any]]
     if tag in _SEQUENCES:
         entries = [(None, str(number), child) for number, child in enumerate(_list(content))]
     elif tag == "dict":
-        entries = [(key, key, child) for key, child in content.items()]
+        entries = [(_text(key), key, child) for key, child in content.items()]
     else:
         pairs = map(_list, _list(content))
         entries = [(*_key(key, depth + 1), child) for key, child in pairs]

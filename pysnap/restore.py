@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pysnap import _engine, storage, tree
-from pysnap.dtypes import TORCH_ELEMENTS
+from pysnap.dtypes import TORCH_ELEMENTS, itemsize
 from pysnap.errors import CorruptError, Error, MismatchError, NotFoundError, printable
 from pysnap.layout import (
     HOST,
@@ -43,7 +43,10 @@ def load_state(snapshot: Snapshot, names: Collection[str] | None = None) -> obje
         # An index of no record is told by decode().
         only = {index for _, index in tree.leaves(node) if index < len(snapshot.manifest.tensors)}
     restore = Restore(snapshot, only=only)
-    state = tree.decode(node, restore.leaves.__getitem__)
+    try:
+        state = tree.decode(node, restore.leaves.__getitem__)
+    except (CorruptError, MismatchError) as error:
+        raise type(error)(f"{snapshot.path}: {error}") from None
     restore.read()
     return state
 
@@ -118,10 +121,13 @@ class Restore:
                 self.leaves[members[0]] = leaf = _new(records[members[0]], self._snapshot)
                 self._targets.append((start, _address(leaf), end - start, HOST))
                 continue
-            memory = _memory(end - start, self._snapshot)
-            self._targets.append((start, memory.data_ptr(), end - start, HOST))
+            # Where the largest elements lie at multiples of their size, the others do, too.
+            size, at = max((itemsize(records[m].dtype), records[m].at) for m in members)
+            lead = (start - at) % size
+            memory = _memory(lead + end - start, self._snapshot)
+            self._targets.append((start, memory.data_ptr() + lead, end - start, HOST))
             for index in members:
-                offset = records[index].at - start
+                offset = lead + records[index].at - start
                 self.leaves[index] = _view(memory, offset, records[index], self._snapshot)
 
     def _place(self, leaf: Leaf, record: Record) -> None:
@@ -152,7 +158,8 @@ def _read(snapshot: Snapshot, targets: list[_Target]) -> None:
         )
     except CorruptError as error:
         chunk = getattr(error, "chunk", None)
-        raise CorruptError(_name_tensors(str(error), chunk, snapshot)) from None
+        chunks = [] if chunk is None else [chunk]
+        raise CorruptError(_name_tensors(str(error), chunks, snapshot)) from None
     except MemoryError:
         raise Error(f"there is no memory to decode the chunks of {snapshot.path}") from None
 
@@ -200,7 +207,9 @@ def _check_packs(ranges: list[tuple[int, int]], snapshot: Snapshot) -> None:
         name, size = manifest.packs[pack]
         found = storage.file_size(snapshot.path / name)
         if found != size:
-            raise CorruptError(f"{snapshot.path / name}: it has {found} bytes instead of {size}")
+            message = f"{snapshot.path / name}: it has {found} bytes instead of {size}"
+            chunks = np.flatnonzero(manifest.chunks["pack"] == pack).tolist()
+            raise CorruptError(_name_tensors(message, chunks, snapshot))
 
 
 def _shared_ranges(indices: list[int], records: list[Record]) -> list[tuple[int, int, list[int]]]:
@@ -301,13 +310,14 @@ def _check_overlap(targets: list[_Target], snapshot: Snapshot) -> None:
             end, shift = address + length, address - at
 
 
-def _name_tensors(message: str, chunk: int | None, snapshot: Snapshot) -> str:
-    if chunk is None:
+def _name_tensors(message: str, chunks: list[int], snapshot: Snapshot) -> str:
+    """The message, and what is in these chunks, where any is known."""
+    if not chunks:
         return message
-    manifest = snapshot.manifest
-    raw = manifest.chunks["raw"]
-    start = int(raw[:chunk].sum(dtype=np.int64))
-    names = manifest.names_in([(start, start + int(raw[chunk]))], str(snapshot.path))
+    raw = snapshot.manifest.chunks["raw"]
+    ends = np.cumsum(raw, dtype=np.int64)
+    ranges = [(int(ends[chunk]) - int(raw[chunk]), int(ends[chunk])) for chunk in chunks]
+    names = snapshot.manifest.names_in(ranges, str(snapshot.path))
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{message}; it holds {', '.join(map(printable, names[:5]))}{more}"
 

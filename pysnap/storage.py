@@ -76,7 +76,8 @@ def read_file(path: Path, limit: int) -> bytes:
             if status.st_size > limit:
                 raise OSError(27, f"it has {status.st_size} bytes, more than {limit}")
             with open(descriptor, "rb", closefd=False) as file:
-                return file.read(limit + 1)
+                # Room for all that is asked for is allocated before anything is read.
+                return file.read(status.st_size)
         finally:
             os.close(descriptor)
 

@@ -6,18 +6,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import zstandard
 from reference_writer import Writer, manifest_bytes
-from support import Run
+from support import Run, assert_same
 
 import pysnap
 from pysnap import reader, rng, tree
 from pysnap.notes import Notes
+from pysnap.repository import Snapshot
 from pysnap.storage import WriterLock
 
 
@@ -146,6 +150,48 @@ def test_arrays_over_the_same_bytes_share_memory(tmp_path: Path) -> None:
     np.testing.assert_array_equal(third, values[1:31:3])
 
 
+@pytest.mark.parametrize("plane", [(1, b"a"), (2, zstandard.compress(b""))])
+def test_planes_of_nothing_that_are_encoded(tmp_path: Path, plane: tuple[int, bytes]) -> None:
+    """The engine took what the format does not allow, and the other reader refused."""
+    method, payload = plane
+    raw = bytes(4096)
+    entry = struct.pack("<BBBBI", method, 0, 0, 0, len(payload))
+    stored = struct.pack("<BBHI", 1, 1, 0, 0) + bytes(8) + entry + payload
+    writer = Writer(encoding="raw")
+    writer.add(raw, "uint8", [4096])
+    path = tmp_path / "s"
+    writer.write(path, {"x": {"$tensor": 0}})
+    (path / "0.pack").write_bytes(stored + bytes(4096 - len(stored)))
+
+    def encoded(snapshot: dict[str, Any]) -> None:
+        snapshot["chunks"][0][2] = len(stored)
+        snapshot["chunks"][0][5] = "planes"
+
+    rewrite(path, encoded)
+    with pytest.raises(pysnap.CorruptError, match="cannot be decoded"):
+        pysnap.load(path)
+    with pytest.raises(reader.ReaderError):
+        reader.read_snapshot(path).tree()
+
+
+def test_views_of_bytes_that_are_not_aligned_to_the_first(tmp_path: Path) -> None:
+    """A state that could be saved was refused when it was loaded."""
+    memory = torch.arange(32, dtype=torch.uint8)
+    state = {"bytes": memory[1:20], "words": memory[4:12].view(torch.int32)}
+    path = pysnap.save(tmp_path / "s", state)
+    loaded = pysnap.load(path)
+    assert_same(loaded, state)
+    assert (
+        loaded["bytes"].untyped_storage().data_ptr() == loaded["words"].untyped_storage().data_ptr()
+    )
+    np.testing.assert_array_equal(reader.read_snapshot(path).tensors()["words"], state["words"])
+    rewrite(path, lambda s: s["tensors"].append({"dtype": "int16", "shape": [2], "at": 2}))
+    with pytest.raises(pysnap.CorruptError, match="parts of an element"):
+        pysnap.load(path)
+    with pytest.raises(reader.ReaderError, match="parts of an element"):
+        reader.read_snapshot(path)
+
+
 def test_names_of_tensors_cannot_write_into_a_log(tmp_path: Path) -> None:
     name = "w\n2030-01-01 ERROR \x1b[2Jall is lost\u202e"
     path = pysnap.save(tmp_path / "s", {name: torch.arange(100.0)})
@@ -169,6 +215,17 @@ def test_a_tensor_without_elements_stands_anywhere_for_both_readers(saved: Path)
     rewrite(saved, lambda s: s["tensors"][1].update(shape=[0, 3], at=10**9))
     assert pysnap.load(saved)["a"].shape == (0, 3)
     assert reader.read_snapshot(saved).tensors()["a"].shape == (0, 3)
+
+
+def test_reading_a_small_manifest_asks_for_little_memory(saved: Path) -> None:
+    """Room for the largest one, a gibibyte, was allocated and given back each time."""
+    for read in (Snapshot.open, reader.read_snapshot):
+        read(saved)
+        tracemalloc.start()
+        read(saved)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2**20, read
 
 
 # Headers, notes and the lock.

@@ -782,7 +782,7 @@ def test_a_frame_with_a_large_window_is_refused(tmp_path: Path) -> None:
 
 
 def test_elements_that_do_not_divide_what_is_kept(tmp_path: Path) -> None:
-    path = write_chunk(tmp_path / "a", block(127, *[(1, b"a")] * 2), LINES[:127], "i16")
+    path = write_chunk(tmp_path / "a", block(127, *[(1, b"a")] * 2), LINES[:126], "i16")
     with pytest.raises(ReaderError, match="whole elements"):
         read_snapshot(path).tree()
 
