@@ -19,6 +19,7 @@ PROGRAM = Path(__file__).parent / "drive.py"
 # Small, so that a snapshot has several chunks and a state of the disk is quickly made.
 _SETTINGS = {"PYSNAP_CHUNK_SIZE": "16KiB", "PYSNAP_HOST_MEMORY": "1MiB"}
 _SHOWN = 10
+_LONGEST = 1800
 
 
 @contextlib.contextmanager
@@ -40,20 +41,31 @@ class Driver:
     library: Path
     scratch: Path
 
-    def run(self, command: str, *, timeout: float = 1800, **arguments: Any) -> dict[str, Any]:
+    def run(self, command: str, **arguments: Any) -> dict[str, Any]:
         """One process under the shim; its answer."""
-        return self._answer(self._start(command, arguments), timeout)
+        return self._answers(command, [arguments])[0]
 
-    def run_shares(self, command: str, *, timeout: float = 1800, **arguments: Any) -> Result:
+    def run_shares(self, command: str, **arguments: Any) -> Result:
         """As many processes as there are cores, each with its share of the trials."""
         shards = len(os.sched_getaffinity(0))
-        processes = [
-            self._start(command, {**arguments, "shard": shard, "shards": shards})
-            for shard in range(shards)
-        ]
-        answers = [self._answer(process, timeout) for process in processes]
+        answers = self._answers(
+            command, [{**arguments, "shard": shard, "shards": shards} for shard in range(shards)]
+        )
         violations = [text for answer in answers for text in answer["violations"]]
-        return Result(sum(answer["trials"] for answer in answers), violations, answers)
+        return Result(sum(answer["trials"] for answer in answers), violations)
+
+    def _answers(self, command: str, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        with contextlib.ExitStack() as stack:
+            processes = []
+            for arguments in calls:
+                process = stack.enter_context(self._start(command, arguments))
+                # One that is still there when another has failed.
+                stack.callback(process.kill)
+                processes.append(process)
+            outputs = [process.communicate(timeout=_LONGEST)[0] for process in processes]
+        for process in processes:
+            assert process.returncode == 0, f"drive.py {command} ended with {process.returncode}"
+        return [json.loads(output) for output in outputs]
 
     def _start(self, command: str, arguments: dict[str, Any]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -65,15 +77,6 @@ class Driver:
             stdout=subprocess.PIPE,
         )
 
-    def _answer(self, process: subprocess.Popen[bytes], timeout: float) -> dict[str, Any]:
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        finally:
-            process.kill()
-        assert process.returncode == 0, f"drive.py ended with {process.returncode}"
-        answer: dict[str, Any] = json.loads(output)
-        return answer
-
 
 @dataclass(frozen=True)
 class Result:
@@ -81,7 +84,6 @@ class Result:
 
     trials: int
     violations: list[str]
-    answers: list[dict[str, Any]]
 
     def check(self) -> int:
         """The number of trials, if every one kept its promise."""
