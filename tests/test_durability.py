@@ -248,3 +248,21 @@ def test_a_manifest_that_cannot_be_read_at_the_beginning_does_not_become_the_new
     with snapshotter:
         newest = snapshotter.save().wait().path
     assert list_snapshots(tmp_path).snapshots[0].path == newest
+
+
+def test_a_lock_that_cannot_be_looked_at_is_told_as_an_error_of_pysnap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error was one of Python's, without a path and a step."""
+
+    def stale(*_: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        with monkeypatch.context() as patch:
+            patch.setattr(storage.os, "fstat", stale)
+            handle = snapshotter.save()
+            handle._done.wait()
+        with pytest.raises(pysnap.StorageError, match=r"step 0 .*\.writer failed: Stale"):
+            handle.wait()
+        snapshotter.save().wait()
