@@ -129,6 +129,15 @@ def exists(path: Path) -> bool:
         return True
 
 
+def is_link(path: Path) -> bool:
+    """Whether a symbolic link has this name; False where nothing has."""
+    with _told("looking for", path):
+        try:
+            return stat.S_ISLNK(os.lstat(path).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+
 def list_directory(path: Path) -> list[str]:
     """Names in a directory, sorted."""
     with _told("listing", path):

@@ -266,3 +266,18 @@ def test_a_lock_that_cannot_be_looked_at_is_told_as_an_error_of_pysnap(
         with pytest.raises(pysnap.StorageError, match=r"step 0 .*\.writer failed: Stale"):
             handle.wait()
         snapshotter.save().wait()
+
+
+def test_a_snapshot_that_cannot_be_looked_at_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error of the disk kept the whole repository closed, with an error of Python's."""
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        snapshotter.save().wait()
+        with snapshotter.step():
+            pass
+        snapshotter.save().wait()
+    failing(monkeypatch, "lstat", 5, lambda path: path.name == "step-000000001")
+    with pysnap.Snapshotter(tmp_path, values={"a": 2}) as snapshotter:
+        resumed = snapshotter.resume()
+        assert resumed is not None and resumed.step == 0
