@@ -251,7 +251,7 @@ class Run:
         return (
             operation.kind == "mmap"
             or "latest" in name
-            or (name == ".writer" and operation.kind in ("ftruncate", "pwrite", "close"))
+            or (name == ".writer" and operation.kind in ("chmod", "ftruncate", "pwrite", "close"))
             or (operation.kind == "close" and fnmatch.fnmatch(operation.path, "*/step-*/*.pack"))
             or (name == "manifest.json" and "/step-" in operation.path and self._resumed_newest)
         )
