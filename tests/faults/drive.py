@@ -11,6 +11,7 @@ import pickle
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from injection import Run, injections, make_template
 from killing import KilledTraining, kill_at, prepare, write_snapshots
 from oracle import Book, examine, examine_files, go_on, silence
 from power import Disk, Ground
-from shim import Shim
+from shim import Operation, Shim
 from workloads import FILES, REPOSITORY, WORKLOADS, marks_to
 
 
@@ -111,6 +112,7 @@ def kill(
     bug: str | None = None,
     only: str = "",
     file_system: str | None = None,
+    everything: bool = True,
 ) -> dict[str, Any]:
     """Kill a run before and after every operation; `only` those of one kind. With `file_system`,
     the power of the disk is cut there."""
@@ -131,8 +133,9 @@ def kill(
         for number, operation in enumerate(operations, 1)
         for how in (f"{end} before", f"{end} after")
         if only in ("", operation.kind)
-        # Nothing has happened since the operation before.
-        if how.endswith("after") or operation.kind not in ("readdir", "stat", "read", "pread")
+        # Before an operation is after the one before, but for other threads.
+        if how.endswith("after")
+        or (everything and operation.kind not in ("readdir", "stat", "read", "pread"))
     ][shard::shards]
     violations = []
     for number, how in plan:
@@ -151,7 +154,52 @@ def kill_training(folder: str, trials: int, seed: int, shard: int, shards: int) 
     return {"trials": len(seeds), "violations": violations}
 
 
+# Python's audit events that name a path below the repository, as kinds of operations.
+_EVENTS = {
+    "open": "open",
+    "os.chmod": "chmod",
+    "os.link": "link",
+    "os.listdir": "opendir",
+    "os.mkdir": "mkdir",
+    "os.remove": "unlink",
+    "os.rename": "rename",
+    "os.rmdir": "rmdir",
+    "os.scandir": "opendir",
+    "os.symlink": "symlink",
+}
+
+
+def audit(folder: str) -> dict[str, Any]:
+    """A run of which Python's audit events are held against the shim's log."""
+    shim = Shim()
+    root = Path(folder)
+    events: set[tuple[str, str]] = set()
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        for argument in arguments:
+            if isinstance(argument, (str, os.PathLike)) and str(argument).startswith(f"{root}/"):
+                events.add((_EVENTS.get(event, event), str(argument)))
+
+    sys.addaudithook(hook)
+    shim.start(root)
+    WORKLOADS["retention"](root, marks_to(shim), shim)
+    shim.stop()
+    log = shim.log()
+    seen = {(operation.kind, path) for operation in log for path in _paths(operation)}
+    return {
+        "events": len(events),
+        "missing": sorted(events - seen),
+        "kinds": Counter(operation.kind for operation in log),
+        "root": str(root),
+    }
+
+
+def _paths(operation: Operation) -> tuple[str, str]:
+    return operation.path, operation.target
+
+
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "audit": audit,
     "record": record,
     "check_states": check_states,
     "inject": inject,
