@@ -254,6 +254,7 @@ class Run:
             or (name == ".writer" and operation.kind in ("chmod", "ftruncate", "pwrite", "close"))
             or (operation.kind == "close" and fnmatch.fnmatch(operation.path, "*/step-*/*.pack"))
             or (name == "manifest.json" and "/step-" in operation.path and self._resumed_newest)
+            or (operation.kind == "stat" and name.startswith("step-") and self._resumed_newest)
         )
 
 
