@@ -30,7 +30,8 @@ _FILE_CALLS = """
     open open64 openat openat64 opendir posix_fadvise posix_fallocate posix_fallocate64 pread
     pread64 preadv preadv2 pwrite pwrite64 pwritev pwritev2 read readahead readdir readdir64
     readlink readlinkat readv realpath remove removexattr rename renameat renameat2 rmdir scandir
-    sendfile sendfile64 setxattr splice stat stat64 statfs statvfs statvfs64 statx symlink symlinkat sync
+    sendfile sendfile64 setxattr splice stat stat64 statfs statvfs statvfs64 statx symlink
+    symlinkat sync
     sync_file_range syncfs syscall tee tmpfile truncate truncate64 umount2 unlink unlinkat utime
     utimensat utimes vmsplice write writev
 """
