@@ -19,7 +19,7 @@ from typing import Any
 import planted
 import torch
 from crash_model import CrashState, choose, crash_states
-from injection import Run, injections, make_template
+from injection import File, Run, Trial, injections, make_template
 from killing import KilledTraining, kill_at, prepare, write_snapshots
 from oracle import Book, examine, examine_files, go_on, silence
 from power import Disk, Ground
@@ -77,18 +77,23 @@ def _try_state(state: CrashState, place: Path) -> list[str]:
 def inject(
     folder: str,
     everything: bool,
-    existing: bool,
+    what: str,
     shard: int,
     shards: int,
     bug: str | None = None,
     only: str = "",
 ) -> dict[str, Any]:
-    """Fail every operation of a training run, in every way; `only` those of one kind."""
+    """Fail every operation of a training run that is `resumed` or `new`, or of a `file`, in every
+    way; `only` operations of one kind."""
     shim = Shim()
     own = Path(tempfile.mkdtemp(dir=folder))
-    template = make_template(own / "template") if existing else None
+    template = make_template(own / "template") if what == "resumed" else None
+
+    def trial(place: Path) -> Trial:
+        return File(shim, place) if what == "file" else Run(shim, place, template)
+
     with planted.replaced(bug):
-        operations = Run(shim, own / "rehearsal", template).rehearse()
+        operations = trial(own / "rehearsal").rehearse()
     plan = [
         (operation, injection)
         for operation, injection in injections(operations, everything=everything)
@@ -98,7 +103,7 @@ def inject(
     for operation, injection in plan:
         place = own / "trial"
         with planted.replaced(bug):
-            problems = Run(shim, place, template).under(injection)
+            problems = trial(place).under(injection)
         violations += [f"{injection}, {operation}: {problem}" for problem in problems]
         shutil.rmtree(place)
     return {"trials": len(plan), "violations": violations, "operations": len(operations)}
