@@ -142,7 +142,7 @@ def snapshot_names(root: Path) -> list[str]:
 def open_listed(path: Path) -> Snapshot:
     """`Snapshot.open` of what was found in a repository: a link could lead out of it, and is
     refused with a CorruptError."""
-    if path.is_symlink():
+    if storage.is_link(path):
         raise CorruptError(f"{path} is a link, not the directory of a snapshot; remove it")
     return Snapshot.open(path)
 

@@ -130,6 +130,15 @@ def exists(path: Path) -> bool:
         return True
 
 
+def is_link(path: Path) -> bool:
+    """Whether a symbolic link has this name; False where nothing has."""
+    with _told("looking for", path):
+        try:
+            return stat.S_ISLNK(os.lstat(path).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+
 def list_directory(path: Path) -> list[str]:
     """Names in a directory, sorted."""
     with _told("listing", path):
@@ -209,8 +218,8 @@ class WriterLock:
         """Raise StorageError where the path does not lead to the locked file any more: its
         directory was removed or moved, or another one is in its place."""
         assert self._descriptor is not None
-        locked = os.fstat(self._descriptor)
         try:
+            locked = os.fstat(self._descriptor)
             found = os.stat(self._path, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError) as error:
             number, what = error.errno or errno.ENOENT, "is gone, or has lost its writer lock"

@@ -21,6 +21,7 @@ from pysnap.repository import (
     MANIFEST,
     Snapshot,
     check_header,
+    is_gone,
     is_snapshot,
     open_listed,
     snapshot_names,
@@ -113,7 +114,7 @@ def verify_repository(
     for name in names:
         found = _verify(root / name, open_listed, progress)
         # The writer's retention may have removed it meanwhile.
-        if os.path.lexists(root / name):
+        if not is_gone(root / name):
             verdict.snapshots.append(found)
     verdict.snapshots.sort(key=_sequence, reverse=True)
     verdict.remarks += _copies(verdict.snapshots)

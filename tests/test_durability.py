@@ -248,3 +248,36 @@ def test_a_manifest_that_cannot_be_read_at_the_beginning_does_not_become_the_new
     with snapshotter:
         newest = snapshotter.save().wait().path
     assert list_snapshots(tmp_path).snapshots[0].path == newest
+
+
+def test_a_lock_that_cannot_be_looked_at_is_told_as_an_error_of_pysnap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error was one of Python's, without a path and a step."""
+
+    def stale(*_: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        with monkeypatch.context() as patch:
+            patch.setattr(storage.os, "fstat", stale)
+            handle = snapshotter.save()
+            handle._done.wait()
+        with pytest.raises(pysnap.StorageError, match=r"step 0 .*\.writer failed: Stale"):
+            handle.wait()
+        snapshotter.save().wait()
+
+
+def test_a_snapshot_that_cannot_be_looked_at_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error of the disk kept the whole repository closed, with an error of Python's."""
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        snapshotter.save().wait()
+        with snapshotter.step():
+            pass
+        snapshotter.save().wait()
+    failing(monkeypatch, "lstat", 5, lambda path: path.name == "step-000000001")
+    with pysnap.Snapshotter(tmp_path, values={"a": 2}) as snapshotter:
+        resumed = snapshotter.resume()
+        assert resumed is not None and resumed.step == 0

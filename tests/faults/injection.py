@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from oracle import Attempt, Book, go_on, kept, read_all
+from oracle import Attempt, Book, go_on, is_state_of, kept, read_all, state_of
 from shim import FOREVER, Operation, Shim
 from workloads import REPOSITORY, Writer
 
 import pysnap
 from pysnap.repository import list_snapshots
+from pysnap.verify import verify_snapshot
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EROFS)
 _LAST = 2
@@ -83,25 +84,21 @@ class _Told(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-class Run:
-    """A training run in a repository with two snapshots, or in none, under one fault."""
+class Trial:
+    """Something that is done below a directory, under one fault."""
 
-    def __init__(self, shim: Shim, folder: Path, template: Path | None) -> None:
+    def __init__(self, shim: Shim, folder: Path) -> None:
         self._shim = shim
         self._folder = folder
-        self._root = folder / REPOSITORY
-        self._template = template
-        self._book = Book(last=_LAST)
         self._told = _Told()
         self._problems: list[str] = []
-        self._resumed_newest = False
         self._errors: list[BaseException] = []
 
     def rehearse(self) -> list[Operation]:
         """The operations of a run without faults."""
         self._prepare()
         self._shim.start(self._folder)
-        self._train()
+        self._work()
         self._shim.stop()
         assert not self._errors and not self._told.lines, (self._errors, self._told.lines)
         return self._shim.log()
@@ -120,15 +117,102 @@ class Run:
             count=injection.count,
         )
         try:
-            self._train()
+            self._work()
         finally:
             self._shim.stop()
             logger.removeHandler(self._told)
+        for error in self._errors:
+            if not isinstance(error, pysnap.Error):
+                self._problems.append(f"{error!r} is no error of pysnap")
+        if injection.action in ("delay", "short") and self._errors:
+            self._problems.append(f"it failed: {self._errors}")
+        self._check_told(injection)
         self._check(injection)
         return self._problems
 
     def _prepare(self) -> None:
         self._folder.mkdir()
+
+    def _work(self) -> None:
+        """Under the shim; clears the fault when it must have done its worst."""
+        raise NotImplementedError
+
+    def _check(self, injection: Injection) -> None:
+        """What is there afterwards."""
+        raise NotImplementedError
+
+    def _check_told(self, injection: Injection) -> None:
+        """Whoever looks at the errors and the log finds what the file system said."""
+        if injection.action != "fail" or injection.argument == errno.EINTR:
+            return
+        log = self._shim.log()
+        failed = [
+            operation
+            for before, operation in itertools.pairwise([log[0], *log])
+            if operation.error == injection.argument
+            and not self._is_harmless(operation)
+            and not _is_second_look(before, operation)
+        ]
+        if not failed:
+            return
+        text = "\n".join([*map(str, self._errors), *self._told.lines])
+        if os.strerror(injection.argument) not in text:
+            self._problems.append(f"nobody is told of {failed[0]}; but: {text!r}")
+
+    def _is_harmless(self, operation: Operation) -> bool:
+        """Whether nobody needs to know: a link or text for people, faster reading, the end of
+        reading."""
+        name = os.path.basename(operation.path)
+        return (
+            operation.kind == "mmap"
+            or "latest" in name
+            or (name == ".writer" and operation.kind in ("chmod", "ftruncate", "pwrite", "close"))
+            or (operation.kind == "close" and fnmatch.fnmatch(operation.path, "*/step-*/*.pack"))
+        )
+
+
+class File(Trial):
+    """A snapshot without a loop, written and loaded."""
+
+    def __init__(self, shim: Shim, folder: Path) -> None:
+        super().__init__(shim, folder)
+        self._path = folder / "step-1"
+        self._written = False
+
+    def _work(self) -> None:
+        try:
+            pysnap.save(self._path, state_of(1))
+            self._written = True
+            if not is_state_of(pysnap.load(self._path), 1):
+                self._problems.append("another state was loaded")
+        except Exception as error:
+            self._errors.append(error)
+
+    def _check(self, injection: Injection) -> None:
+        there = os.path.lexists(self._path)
+        if there != self._written and (self._written or injection.count != FOREVER):
+            self._problems.append(f"written: {self._written}, there: {there}")
+        for error in self._errors:
+            if str(self._folder) not in str(error):
+                self._problems.append(f"the error names no path: {error}")
+        if not there:
+            pysnap.save(self._path, state_of(1))
+        if verify_snapshot(self._path).problems or not is_state_of(pysnap.load(self._path), 1):
+            self._problems.append("what is there is not whole")
+
+
+class Run(Trial):
+    """A training run in a repository with two snapshots, or in none."""
+
+    def __init__(self, shim: Shim, folder: Path, template: Path | None) -> None:
+        super().__init__(shim, folder)
+        self._root = folder / REPOSITORY
+        self._template = template
+        self._book = Book(last=_LAST)
+        self._resumed_newest = False
+
+    def _prepare(self) -> None:
+        super()._prepare()
         if self._template is not None:
             self._root.parent.mkdir()
             shutil.copytree(self._template, self._root, symlinks=True)
@@ -145,7 +229,7 @@ class Run:
             assert isinstance(value, int)
             self._book.failed.add(value)
 
-    def _train(self) -> None:
+    def _work(self) -> None:
         writer = self._open(1)
         if writer is not None:
             with writer:
@@ -208,12 +292,6 @@ class Run:
             self._problems.append(f"the next snapshot does not work: {writer.error}")
 
     def _check(self, injection: Injection) -> None:
-        for error in self._errors:
-            if not isinstance(error, pysnap.Error):
-                self._problems.append(f"{error!r} is no error of pysnap")
-        if injection.action in ("delay", "short") and (self._book.failed or self._errors):
-            self._problems.append(f"it failed: {self._errors}")
-        self._check_told(injection)
         listing = list_snapshots(self._root)
         present, problems = read_all(listing)
         self._problems += problems
@@ -226,35 +304,13 @@ class Run:
         book = Book(last=_LAST, acked=[Attempt(n, s.step) for n, s in reversed(present.items())])
         self._problems += go_on(self._root, book)
 
-    def _check_told(self, injection: Injection) -> None:
-        """Whoever looks at the errors and the log finds what the file system said."""
-        if injection.action != "fail" or injection.argument == errno.EINTR:
-            return
-        log = self._shim.log()
-        failed = [
-            operation
-            for before, operation in itertools.pairwise([log[0], *log])
-            if operation.error == injection.argument
-            and not self._is_harmless(operation)
-            and not _is_second_look(before, operation)
-        ]
-        if not failed:
-            return
-        text = "\n".join([*map(str, self._errors), *self._told.lines])
-        if os.strerror(injection.argument) not in text:
-            self._problems.append(f"nobody is told of {failed[0]}; but: {text!r}")
-
     def _is_harmless(self, operation: Operation) -> bool:
-        """Whether nobody needs to know: a link or text for people, faster reading, the end of
-        reading; a manifest that was read again and was not missed."""
+        """Also what was read again and was not missed."""
         name = os.path.basename(operation.path)
-        return (
-            operation.kind == "mmap"
-            or "latest" in name
-            or (name == ".writer" and operation.kind in ("ftruncate", "pwrite", "close"))
-            or (operation.kind == "close" and fnmatch.fnmatch(operation.path, "*/step-*/*.pack"))
-            or (name == "manifest.json" and "/step-" in operation.path and self._resumed_newest)
+        reread = "/step-" in operation.path and (
+            name == "manifest.json" or (name.startswith("step-") and operation.kind == "stat")
         )
+        return super()._is_harmless(operation) or (reread and self._resumed_newest)
 
 
 def _is_second_look(before: Operation, operation: Operation) -> bool:

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import planted
 import torch
 from oracle import Book, examine, go_on, leftovers
+from power import Ground
 from shim import Shim
 from workloads import REPOSITORY, Note, Writer
 
@@ -59,7 +61,7 @@ def write_lines(path: Path) -> Note:
 
 def read_lines(path: Path) -> list[str]:
     """What was noted."""
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text().splitlines()
 
 
 def write_snapshots(folder: Path, note: Note, *, first: int) -> None:
@@ -70,37 +72,46 @@ def write_snapshots(folder: Path, note: Note, *, first: int) -> None:
             writer.save()
 
 
-def kill_at(shim: Shim, own: Path, template: Path | None, number: int, how: str) -> list[str]:
-    """Kill such a run before or after one file operation; what is wrong with what is left."""
-    place, notes = own / "trial", own / "book"
-    prepare(place, template)
+def kill_at(
+    shim: Shim,
+    own: Path,
+    ground: Ground,
+    template: Path | None,
+    number: int,
+    how: str,
+    bug: str | None = None,
+) -> list[str]:
+    """Kill such a run before or after one file operation, or cut the power there; what is wrong
+    with what is left."""
+    notes = own / "book"
+    write_lines(notes)
     first = 1 if template is None else 3
+    with ground.mounted() as top:
+        place = top / "trial"
+        prepare(place, template)
+        ground.sync()
 
-    def body() -> None:
-        shim.start(place)
-        shim.fault(how, first=number)
-        write_snapshots(place, write_lines(notes), first=first)
+        def body() -> None:
+            shim.start(place)
+            shim.fault(how, first=number)
+            planted.lie(bug, shim)
+            write_snapshots(place, write_lines(notes), first=first)
 
-    status = os.waitpid(fork(body), 0)[1]
+        status = os.waitpid(fork(body), 0)[1]
     problems = []
     if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
         problems.append(f"it was not killed but ended with {status}")
-    lines = read_lines(notes)
-    if template is not None:
-        lines = [
-            '["asked", [1, 1]]',
-            '["durable", 1]',
-            '["asked", [2, 2]]',
-            '["durable", 2]',
-            *lines,
-        ]
     book = Book(last=LAST)
-    for line in lines:
+    for attempt in range(1, first):
+        book.note(f'["asked", [{attempt}, {attempt}]]')
+        book.note(f'["durable", {attempt}]')
+    for line in read_lines(notes):
         book.note(line)
-    problems += examine(place / REPOSITORY, book)
-    problems += go_on(place / REPOSITORY, book)
-    shutil.rmtree(place)
-    notes.unlink(missing_ok=True)
+    with ground.mounted() as top:
+        problems += examine(top / "trial" / REPOSITORY, book)
+        problems = problems or go_on(top / "trial" / REPOSITORY, book)
+        shutil.rmtree(top / "trial")
+    notes.unlink()
     return problems
 
 

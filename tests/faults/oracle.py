@@ -75,7 +75,7 @@ class Book:
     flying: Attempt | None = None
     failed: set[int] = field(default_factory=set)
     undecided: set[int] = field(default_factory=set)
-    """Their deletion was begun and not ended."""
+    """Nobody knows whether they are there: whoever deleted them, or took them back, got no end."""
 
     def note(self, mark: str) -> None:
         """Take over a note that `Writer` made between two operations."""

@@ -144,15 +144,20 @@ _REPLACED: dict[str, tuple[object, str, Callable[..., Any]]] = {
 }
 
 
+def lie(bug: str | None, shim: Shim) -> None:
+    """Have the file system tell the lies of this bug, if it is one of lies, until the shim's faults
+    are cleared."""
+    if bug in _LIES:
+        _LIES[bug](shim)
+
+
 @contextlib.contextmanager
-def bug(name: str | None, shim: Shim) -> Iterator[None]:
-    """pysnap with this bug, or as it is; lies end with the shim's faults."""
-    if name in _LIES:
-        _LIES[name](shim)
-    if name not in _REPLACED:
+def replaced(bug: str | None) -> Iterator[None]:
+    """pysnap with the functions of this bug, if it is one of pysnap."""
+    if bug not in _REPLACED:
         yield
         return
-    owner, attribute, broken = _REPLACED[name]
+    owner, attribute, broken = _REPLACED[bug]
     right = getattr(owner, attribute)
     setattr(owner, attribute, broken)
     try:

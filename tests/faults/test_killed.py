@@ -13,11 +13,11 @@ _SEED = 1
 
 @pytest.mark.parametrize("existing", [True, False], ids=["resumed", "new"])
 def test_a_kill_at_any_operation_leaves_whole_snapshots(
-    driver: Driver, count: Count, existing: bool
+    driver: Driver, full: bool, count: Count, existing: bool
 ) -> None:
-    result = driver.run_shares("kill", existing=existing)
+    result = driver.run_shares("kill", existing=existing, everything=full)
     count(result.check())
-    assert result.trials >= 300
+    assert result.trials >= (400 if full else 200)
 
 
 def test_training_that_is_killed_goes_on_bit_for_bit(

@@ -66,7 +66,7 @@ def test_crash_states_show(bug: str, found: Counter[str], count: Count) -> None:
 @pytest.mark.parametrize("bug", _OF_FAULTS)
 def test_injected_faults_show(bug: str, driver: Driver, count: Count) -> None:
     result = driver.run_shares(
-        "inject", everything=False, existing=True, bug=bug, only=_OF_FAULTS[bug]
+        "inject", everything=False, what="resumed", bug=bug, only=_OF_FAULTS[bug]
     )
     assert result.violations
     count()

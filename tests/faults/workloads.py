@@ -132,6 +132,9 @@ def outcome_unknown(folder: Path, note: Note, shim: Shim) -> None:
     with Writer(folder, note, last=1) as writer:
         writer.save()
         for count in (1, 2):
+            if count == 2:
+                # That it was taken back is not synced either.
+                note("undecided", 3)
             shim.fault("fail", errno.EIO, kind="fsync", pattern=f"*/{REPOSITORY}", count=count)
             writer.save()
             shim.clear_faults()

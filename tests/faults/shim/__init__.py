@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parent / "shim.cpp"
 KINDS = (
     *("open", "close", "read", "pread", "write", "pwrite", "fsync", "fdatasync", "ftruncate"),
     *("fallocate", "mkdir", "rename", "unlink", "rmdir", "symlink", "link", "flock", "mmap"),
-    *("stat", "statvfs", "opendir", "readdir", "mark"),
+    *("stat", "statvfs", "chmod", "opendir", "readdir", "mark"),
 )
 ACTIONS = (
     *("fail", "short", "zero", "delay", "kill before", "kill after", "lie", "lie short", "retry"),

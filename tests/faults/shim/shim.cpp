@@ -57,6 +57,7 @@ enum Kind : std::int32_t {
   kMmap,
   kStat,
   kStatvfs,
+  kChmod,
   kOpendir,
   kReaddir,
   kMark,
@@ -433,6 +434,18 @@ int flock(int descriptor, int how) __THROW {
   }
 DEFINE_MMAP(mmap)
 DEFINE_MMAP(mmap64)
+
+int fchmod(int descriptor, mode_t mode) __THROW {
+  return static_cast<int>(
+      run_on_file({kChmod, {}, {}, descriptor},
+                  [&](std::size_t) { return std::int64_t{REAL(fchmod)(descriptor, mode)}; }));
+}
+
+int chmod(const char* path, mode_t mode) __THROW {
+  return static_cast<int>(run_on_path({kChmod, absolute(AT_FDCWD, path), {}}, [&](std::size_t) {
+    return std::int64_t{REAL(chmod)(path, mode)};
+  }));
+}
 
 int mkdir(const char* path, mode_t mode) __THROW {
   return static_cast<int>(run_on_path({kMkdir, absolute(AT_FDCWD, path), {}}, [&](std::size_t) {
