@@ -767,7 +767,9 @@ with snapshotter.step():
     pass
 child = os.fork()
 if child == 0:
-    for call in (snapshotter.save, snapshotter.close, snapshotter.resume):
+    handle = pysnap.commit.Handle(1)
+    handle._owner = os.getppid()  # as of one that the parent has only begun
+    for call in (snapshotter.save, snapshotter.close, snapshotter.resume, handle.wait):
         try:
             call()
         except pysnap.ClosedError:
@@ -779,7 +781,7 @@ snapshotter.close()
 """
     done = run_python(code, tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "refused\n" * 3
+    assert done.stdout == "refused\n" * 4
     assert steps_on_disk(tmp_path / "run") == [1]
 
 
