@@ -818,6 +818,31 @@ def test_workers_of_a_data_loader_do_not_disturb(tmp_path: Path) -> None:
     assert steps_on_disk(tmp_path)[-1] == 10
 
 
+# Readers
+
+
+def test_a_reader_finds_what_replaces_the_snapshot_that_retention_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With keep=1, a reader that had listed the one snapshot was told that there is none."""
+    values = {"a": 0}
+    keep = pysnap.Keep(last=1)
+    with pysnap.Snapshotter(tmp_path, values=values, keep=keep, every=1) as snapshotter:
+        snapshotter.save().wait()
+        names = repository.snapshot_names
+
+        def late(root: Path) -> list[str]:
+            monkeypatch.undo()
+            found = names(root)
+            with snapshotter.step():
+                values["a"] += 1
+            snapshotter._committer.wait_idle()
+            return found
+
+        monkeypatch.setattr(repository, "snapshot_names", late)
+        assert pysnap.load(tmp_path)["values"] == {"a": 1}
+
+
 # Leftovers
 
 
