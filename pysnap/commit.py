@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 from pysnap.best import Best
 from pysnap.capture import Capture
-from pysnap.errors import Error
+from pysnap.errors import ClosedError, Error
 from pysnap.memory import check_spare_memory
 from pysnap.notes import Notes
 from pysnap.repository import Repository, Snapshot, discard
@@ -63,6 +64,7 @@ class Handle:
         self._error: BaseException | None = None
         self._info: SnapshotInfo | None = None
         self._told = False  # whether the failure has been raised
+        self._owner = os.getpid()
 
     def done(self) -> bool:
         """Whether it is durable or has failed."""
@@ -75,7 +77,9 @@ class Handle:
 
     def wait_staged(self, timeout: float | None = None) -> bool:
         """Wait until the state is captured, so that everything may change, or the snapshot has
-        failed; False after `timeout` seconds. Without one, as long as the disk takes."""
+        failed; False after `timeout` seconds. Without one, as long as the disk takes. Raises
+        ClosedError in a forked child."""
+        self._check_process()
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self._staged.wait(timeout):
             return False
@@ -110,6 +114,14 @@ class Handle:
             raise self._error
         assert self._info is not None
         return self._info
+
+    def _check_process(self) -> None:
+        # The threads that would end the wait are the parent's.
+        if os.getpid() != self._owner:
+            raise ClosedError(
+                f"the snapshot of step {self.step} belongs to the process that took it, not to a "
+                "forked child"
+            )
 
     def raise_failure(self) -> None:
         """Raise the failure of a snapshot that is done, unless it has been raised before."""

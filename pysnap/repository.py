@@ -35,6 +35,8 @@ _NEW_HEADER = ".pysnap-"
 _NEW_LATEST = ".latest-"
 _SNAPSHOT_NAME = re.compile(r"step-(\d{9,18})(?:\.(\d{1,9}))?", re.ASCII)
 _LARGEST_HEADER = 4096
+# More often than this, no writer removes what a reader has just listed.
+_ATTEMPTS = 10
 _LARGEST_MANIFEST = 2**30
 
 
@@ -112,18 +114,32 @@ def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType
     repository and FormatError where it has an unknown format.
     """
     check_header(root)
+    read = dict(known)
+    for _ in range(_ATTEMPTS):
+        listing, complete = _list_once(root, read)
+        if complete:
+            break
+        read |= {snapshot.path: snapshot for snapshot in listing.snapshots}
+    return listing
+
+
+def _list_once(root: Path, known: Mapping[Path, Snapshot]) -> tuple[Listing, bool]:
+    """What a listing of the directory leads to; not complete where the writer has deleted some of
+    it since, and so has added what replaces it."""
     snapshots: list[Snapshot] = []
     damaged: list[tuple[Path, Error]] = []
+    complete = True
     for name in snapshot_names(root):
         path = root / name
         try:
             snapshots.append(known.get(path) or open_listed(path))
         except (CorruptError, FormatError, NotFoundError, StorageError) as error:
-            # The writer may have deleted it since the directory was listed.
-            if not is_gone(path):
+            if is_gone(path):
+                complete = False
+            else:
                 damaged.append((path, error))
     snapshots.sort(key=lambda snapshot: snapshot.manifest.sequence, reverse=True)
-    return Listing(snapshots, damaged)
+    return Listing(snapshots, damaged), complete
 
 
 def is_gone(path: Path) -> bool:

@@ -767,7 +767,9 @@ with snapshotter.step():
     pass
 child = os.fork()
 if child == 0:
-    for call in (snapshotter.save, snapshotter.close, snapshotter.resume):
+    handle = pysnap.commit.Handle(1)
+    handle._owner = os.getppid()  # as of one that the parent has only begun
+    for call in (snapshotter.save, snapshotter.close, snapshotter.resume, handle.wait):
         try:
             call()
         except pysnap.ClosedError:
@@ -779,7 +781,7 @@ snapshotter.close()
 """
     done = run_python(code, tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "refused\n" * 3
+    assert done.stdout == "refused\n" * 4
     assert steps_on_disk(tmp_path / "run") == [1]
 
 
@@ -814,6 +816,31 @@ def test_workers_of_a_data_loader_do_not_disturb(tmp_path: Path) -> None:
                 pass
         snapshotter.save().wait()
     assert steps_on_disk(tmp_path)[-1] == 10
+
+
+# Readers
+
+
+def test_a_reader_finds_what_replaces_the_snapshot_that_retention_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With keep=1, a reader that had listed the one snapshot was told that there is none."""
+    values = {"a": 0}
+    keep = pysnap.Keep(last=1)
+    with pysnap.Snapshotter(tmp_path, values=values, keep=keep, every=1) as snapshotter:
+        snapshotter.save().wait()
+        names = repository.snapshot_names
+
+        def late(root: Path) -> list[str]:
+            monkeypatch.undo()
+            found = names(root)
+            with snapshotter.step():
+                values["a"] += 1
+            snapshotter._committer.wait_idle()
+            return found
+
+        monkeypatch.setattr(repository, "snapshot_names", late)
+        assert pysnap.load(tmp_path)["values"] == {"a": 1}
 
 
 # Leftovers
