@@ -17,7 +17,7 @@ from pysnap.errors import Error
 from pysnap.memory import check_spare_memory
 from pysnap.notes import Notes
 from pysnap.repository import Repository, Snapshot, discard
-from pysnap.retention import Keep, removable
+from pysnap.retention import Keep, Verdict, plan
 
 _log = logging.getLogger("pysnap")
 
@@ -301,15 +301,16 @@ class Committer:
         try:
             snapshots = self._repository.durable()
             # One that somebody copied here may have a larger sequence number than the newest.
-            held = self._repository.held() | {newest.path}
-            for snapshot in removable(snapshots, self._keep, best=self._best, held=held):
-                self._remove(snapshot)
+            held = self._repository.held() | {newest.path: "just taken"}
+            for verdict in reversed(plan(snapshots, self._keep, best=self._best, held=held)):
+                if not verdict.kept:
+                    self._remove(verdict)
         except Exception as error:
             _log.error("old snapshots could not be removed: %s", error)
 
-    def _remove(self, snapshot: Snapshot) -> None:
+    def _remove(self, verdict: Verdict) -> None:
         try:
-            self._repository.delete(snapshot.path)
+            self._repository.delete(verdict.snapshot.path)
         except Error as error:
             _log.error("an old snapshot could not be removed: %s", error)
 

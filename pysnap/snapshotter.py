@@ -39,7 +39,7 @@ from pysnap.notes import Notes, tagged
 from pysnap.parts import as_part
 from pysnap.progress import Progress
 from pysnap.repository import Listing, Repository, Snapshot, tell_skipped
-from pysnap.retention import Keep
+from pysnap.retention import Keep, check_best
 from pysnap.which import Which
 
 _log = logging.getLogger("pysnap")
@@ -111,10 +111,8 @@ class Snapshotter:
         source = settings.sources["every"]
         self._cadence = Cadence.parse(settings.every, "every" if source == "argument" else source)
         self._best = None if best is None else Best.parse(best)
-        if keep is not None and keep.best and self._best is None:
-            raise ConfigError(
-                f'{keep} needs a metric: say what is best, such as best="min val_loss"'
-            )
+        keep = keep or Keep()
+        check_best(keep, self._best)
         # Only the environment sets it; an argument is one of `resume`.
         self._which = (
             None if settings.resume is None else Which.parse(settings.resume, "PYSNAP_RESUME")
@@ -137,7 +135,7 @@ class Snapshotter:
             self._gate.close()
             self._stager.close()
             raise
-        self._committer = Committer(self._repository, keep or Keep(), self._best, on_durable)
+        self._committer = Committer(self._repository, keep, self._best, on_durable)
         # For a Snapshotter that is dropped, and for the end of the interpreter, before modules are
         # torn down and after the committing thread, which is no daemon, has ended.
         self._finalizer = weakref.finalize(

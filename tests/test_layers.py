@@ -13,7 +13,14 @@ PACKAGE = Path(__file__).parent.parent / "pysnap"
 
 # A module may import those of the layers below its own, and those it names beside it.
 LAYERS: list[dict[str, set[str]]] = [
-    {"errors": set(), "_version": set(), "memory": set(), "devices": set(), "reader": set()},
+    {
+        "errors": set(),
+        "_version": set(),
+        "memory": set(),
+        "devices": set(),
+        "reader": set(),
+        "measure": set(),
+    },
     {"dtypes": set(), "paths": set(), "zstd": set()},
     {
         "config": set(),
