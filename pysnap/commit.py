@@ -48,6 +48,9 @@ class Stats:
     raw_bytes: int = 0
     stored_bytes: int = 0
     last: SnapshotInfo | None = None
+    interval_seconds: float | None = None
+    """From one snapshot to the next by what they cost (`1%`, `auto`); None by other rules, or while
+    nothing is measured yet."""
 
 
 class Handle:
@@ -67,6 +70,16 @@ class Handle:
     def done(self) -> bool:
         """Whether it is durable or has failed."""
         return self._done.is_set()
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long it has blocked the training thread."""
+        return self._stall
+
+    @property
+    def durable_seconds(self) -> float | None:
+        """How long it took until it was durable; None while it is not."""
+        return None if self._info is None else self._info.durable_seconds
 
     @property
     def error(self) -> BaseException | None:

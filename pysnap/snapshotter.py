@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -35,11 +36,13 @@ from pysnap.errors import (
 from pysnap.gate import Gate
 from pysnap.manifest import plain_json
 from pysnap.match import Terms, load_parts
+from pysnap.measure import shown_seconds
 from pysnap.notes import Notes, tagged
 from pysnap.parts import as_part
 from pysnap.progress import Progress
 from pysnap.repository import Listing, Repository, Snapshot, tell_skipped
 from pysnap.retention import Keep, check_best
+from pysnap.schedule import Schedule
 from pysnap.which import Which
 
 _log = logging.getLogger("pysnap")
@@ -109,7 +112,7 @@ class Snapshotter:
             on_error=on_error,
         )
         source = settings.sources["every"]
-        self._cadence = Cadence.parse(settings.every, "every" if source == "argument" else source)
+        cadence = Cadence.parse(settings.every, "every" if source == "argument" else source)
         self._best = None if best is None else Best.parse(best)
         keep = keep or Keep()
         check_best(keep, self._best)
@@ -126,6 +129,7 @@ class Snapshotter:
         self._reported: dict[str, float] = {}  # metrics of this moment
         self._owner = os.getpid()
         self.progress = Progress()
+        self._tell_rule(Path(path).absolute(), cadence, settings)
         self._stager = Stager(settings)
         self._gate = Gate(self._parts.values() if settings.overlap else (), _waiter(self))
         try:
@@ -152,9 +156,8 @@ class Snapshotter:
         self._resumed = False
         self._pending = False  # due, but another is in flight
         self._mid_step = False  # an exception left a step half done
-        self._last_start = time.monotonic()
-        self._clock_start = self._last_start  # progress.seconds is counted from here
-        _log.info("snapshots to %s: %s (from %s)", self._repository.root, self._cadence, source)
+        self._clock_start = time.monotonic()  # progress.seconds is counted from here
+        self._schedule = Schedule(cadence, mtbf=settings.mtbf, now=self._clock_start)
 
     def step(self, *, samples: int = 0) -> _Step:
         """Context manager around one training step. At its end the step is counted, with the
@@ -295,6 +298,7 @@ class Snapshotter:
         """
         self._check_open()
         notes = tagged(tag)
+        self._schedule.pause()
         self._committer.wait_idle()
         return self._take(notes, overlap=overlap)
 
@@ -305,6 +309,7 @@ class Snapshotter:
         Raises ConfigError for a value that is no number.
         """
         self._check_open()
+        self._schedule.pause()
         for name, value in metrics.items():
             try:
                 self._reported[name] = float(value)
@@ -337,7 +342,7 @@ class Snapshotter:
 
     def stats(self) -> Stats:
         """A copy of the counts so far."""
-        return self._committer.stats()
+        return replace(self._committer.stats(), interval_seconds=self._schedule.interval)
 
     def close(self) -> None:
         """Take a snapshot that is still due, wait until the last one is durable and release
@@ -376,6 +381,14 @@ class Snapshotter:
             if error is None:
                 raise
 
+    def _tell_rule(self, root: Path, cadence: Cadence, settings: Config) -> None:
+        """The first line of the log: the rule in force, and where it came from."""
+        rule = str(cadence)
+        if cadence.auto:
+            told = "" if settings.sources["mtbf"] == "default" else " of PYSNAP_MTBF"
+            rule += f", at a failure every {shown_seconds(settings.mtbf)}{told}"
+        _log.info("snapshots to %s: %s (from %s)", root, rule, settings.sources["every"])
+
     def _check_open(self) -> None:
         if os.getpid() != self._owner:
             raise ClosedError(
@@ -410,19 +423,20 @@ class Snapshotter:
         self.progress.step += 1
         self.progress.batch += 1
         self.progress.samples += samples
-        self.progress.seconds = time.monotonic() - self._clock_start
+        now = time.monotonic()
+        self.progress.seconds = now - self._clock_start
         if self._raises and not self._committer.busy():
             self._tell_failure()
-        elapsed = time.monotonic() - self._last_start
         # Only behind a step: the next change is the optimizer's.
-        self._take_if(self._cadence.due_after_step(self.progress.step, elapsed), overlap=True)
+        self._take_if(self._schedule.after_step(self.progress.step, now), overlap=True)
 
     def _finish_epoch(self) -> None:
         self._check_open()
         self.progress.epoch += 1
         self.progress.batch = 0
         self._declare_epoch()
-        self._take_if(self._cadence.due_after_epoch(self.progress.epoch), overlap=False)
+        self._schedule.pause()
+        self._take_if(self._schedule.after_epoch(self.progress.epoch), overlap=False)
 
     def _declare_epoch(self) -> None:
         """Tell loaders that a new epoch begins (see loader.py); not said where a run goes on in the
@@ -445,7 +459,7 @@ class Snapshotter:
         if previous is not None and isinstance(previous.error, TornError):
             self._gate.give_up()
         handle = Handle(self.progress.step)
-        self._last_start = time.monotonic()
+        self._schedule.taken(handle, time.monotonic())
         self._pending = False
 
         def begin() -> Capture:

@@ -35,7 +35,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "progress": set(),
         "provenance": set(),
     },
-    {"layout": set(), "repository": set(), "overlay": set()},
+    {"layout": set(), "repository": set(), "overlay": set(), "schedule": set()},
     {"skeleton": set()},
     {"verify": set()},
     {"capture": set(), "best": set()},
