@@ -1,4 +1,5 @@
-"""Amounts of training, as rules name them: `200 steps`, `10m`, `1 epoch`."""
+"""Amounts of training, as rules name them (`200 steps`, `10m`, `1 epoch`), and how durations and
+sizes are shown."""
 
 from __future__ import annotations
 
@@ -60,3 +61,12 @@ def shown_seconds(seconds: float) -> str:
         if whole >= 3 * _SECONDS[unit]:
             return f"{whole / _SECONDS[unit]:.1f}{unit}"
     return f"{whole}s"
+
+
+def shown_size(size: float) -> str:
+    """Bytes for people: `312 B`, `4.7 MB`, `1.49 GB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 99.95 else f"{size:.3g} {unit}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import math
+import operator
 import os
 import sys
 import threading
@@ -17,10 +20,10 @@ from typing import Any, TypeVar, overload
 
 import torch
 
-from pysnap import provenance, rng
+from pysnap import preflight, provenance, rng
 from pysnap.best import Best
 from pysnap.cadence import Cadence
-from pysnap.capture import Capture, Stager
+from pysnap.capture import Capture, Size, Stager
 from pysnap.commit import Committer, Handle, SnapshotInfo, Stats
 from pysnap.config import Config
 from pysnap.errors import (
@@ -33,10 +36,12 @@ from pysnap.errors import (
     StorageError,
     TornError,
 )
+from pysnap.estimating import Growth, foresee
 from pysnap.gate import Gate
 from pysnap.manifest import plain_json
 from pysnap.match import Terms, load_parts
 from pysnap.measure import shown_seconds
+from pysnap.memory import available_memory
 from pysnap.notes import Notes, tagged
 from pysnap.parts import as_part
 from pysnap.progress import Progress
@@ -133,8 +138,10 @@ class Snapshotter:
         self._stager = Stager(settings)
         self._gate = Gate(self._parts.values() if settings.overlap else (), _waiter(self))
         try:
-            self._stager.prepare(self._state(), gate=self._gate, growth=self._growth())
+            size = self._stager.measure(self._state(), gate=self._gate, growth=self._growth())
             self._repository = Repository(Path(path))
+            self._preflight(size, keep, cadence, settings)
+            self._stager.reserve(size)
         except BaseException:
             self._gate.close()
             self._stager.close()
@@ -404,17 +411,30 @@ class Snapshotter:
         state["rng"] = rng.capture()
         return state
 
-    def _growth(self) -> int:
-        """Bytes that fresh optimizers will add: two tensors for each parameter at most, in the
-        common ones of torch.optim."""
-        parameters = [
-            parameter
+    def _growth(self) -> Growth:
+        """The state that fresh optimizers among the parts will make."""
+        grown = [
+            foresee(part)
             for part in self._parts.values()
-            if isinstance(part, torch.optim.Optimizer) and not part.state
-            for group in part.param_groups
-            for parameter in group["params"]
+            if isinstance(part, torch.optim.Optimizer)
         ]
-        return sum(2 * parameter.nbytes for parameter in parameters)
+        return functools.reduce(operator.add, grown, Growth({}))
+
+    def _preflight(self, size: Size, keep: Keep, cadence: Cadence, settings: Config) -> None:
+        try:
+            preflight.check(
+                self._repository,
+                size,
+                keep,
+                cadence,
+                encodes=settings.codec != "none",
+                improvements=self._best is not None,
+                free_memory=available_memory(),
+                metadata=len(json.dumps(self._description)),
+            )
+        except BaseException:
+            self._repository.close()
+            raise
 
     def _finish_step(self, samples: int) -> None:
         self._check_open()
