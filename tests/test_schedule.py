@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from test_retention import snapshot as snapshot_of
 
+import pysnap
+from pysnap import repository, snapshotter
 from pysnap.best import Best
 from pysnap.cadence import Cadence
 from pysnap.measure import shown_seconds
@@ -364,3 +366,35 @@ def day(rule: str, keep: Keep, what: str) -> str:
 @pytest.mark.parametrize("name", DAYS)
 def test_a_day_of_training_is_the_golden_one(name: str) -> None:
     assert day(*DAYS[name]) == (GOLDEN / f"{name.replace(',', '')}.txt").read_text()
+
+
+# Snapshotter
+
+
+def test_snapshotter_asks_the_schedule_with_what_it_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock of our own: steps of 1 s, captures of 2 s; at 10% there is one every 20 s."""
+    now = [1000.0]
+    monkeypatch.setattr(snapshotter.time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("PYSNAP_EVERY", "10%")
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, every=3, keep=Keep(last=None)) as training:
+        begin = training._stager.begin
+
+        def slow(*arguments: object, **named: object) -> object:
+            now[0] += 2.0
+            return begin(*arguments, **named)  # type: ignore[arg-type]  # passed through
+
+        training._stager.begin = slow  # type: ignore[method-assign,assignment]  # a slow copy
+        for step in training.steps(100):
+            with training.step():
+                now[0] += 1.0
+            training._committer.wait_idle()
+            if step % 10 == 5:
+                now[0] += 500.0
+                training.report(loss=1.0)
+        assert training.stats().interval_seconds == pytest.approx(20.0)
+    steps = sorted(one.step for one in repository.list_snapshots(tmp_path).snapshots)
+    assert steps[0] == 18  # five to warm up, ten to know; two hold a validation
+    # A validation of 500 s is time, too: one is due behind each.
+    assert steps[1:4] == [27, 37, 47]
