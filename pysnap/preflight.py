@@ -5,6 +5,7 @@ What cannot work is an error, what is tight a warning with numbers.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
@@ -18,7 +19,7 @@ from pysnap.cadence import Cadence
 from pysnap.capture import Size
 from pysnap.errors import ConfigError, StorageError
 from pysnap.measure import shown_seconds, shown_size
-from pysnap.repository import Repository, Snapshot, discard
+from pysnap.repository import Repository, Snapshot
 from pysnap.retention import Keep
 
 _log = logging.getLogger("pysnap")
@@ -208,13 +209,14 @@ def _check_speed(repository: Repository, stream: int) -> float:
     length = min(max(stream, 1), _TEST_BYTES)
     data = os.urandom(min(length, 2**20))
     data *= math.ceil(length / len(data))
-    partial = repository.begin()
+    file = repository.scratch()
     try:
         start = time.monotonic()
-        storage.write_file(partial / "test", data[:length])
+        storage.write_file(file, data[:length])
         seconds = time.monotonic() - start
     finally:
-        discard(partial)
+        with contextlib.suppress(StorageError):
+            storage.remove_file(file)
     return seconds * max(1.0, stream / length)
 
 

@@ -224,6 +224,10 @@ class Repository:
         self._lock.check()
         return new_partial(self.root)
 
+    def scratch(self) -> Path:
+        """A name for a file that nobody needs; the next writer removes it where this one dies."""
+        return self.root / f"{_NEW_HEADER}{uuid.uuid4().hex}"
+
     def next_sequence(self) -> int:
         """The sequence number of the next snapshot. Raises StorageError."""
         if self._unread:

@@ -28,6 +28,7 @@ _PAUSE = 10
 _PAUSES_IN_A_ROW = 8
 """So many are no pauses: the steps have become longer."""
 _SNAPSHOTS_SEEN = 8
+_FEW_SNAPSHOTS = 3
 _OUTLIER = 4
 """A cost counts as so many times the median at most: one hiccup of a disk is no rule."""
 _NOTABLE = 1.5
@@ -106,13 +107,13 @@ class Costs:
     @property
     def stall(self) -> float:
         """Seconds for which a snapshot blocks training."""
-        return _mean(self._stalls)
+        return _typical(self._stalls)
 
     @property
     def each(self) -> float:
         """Seconds of training that a snapshot costs."""
         # By chance, the steps beside one may have been the faster ones.
-        return max(_mean(self._costs), self.stall)
+        return max(_typical(self._costs), self.stall)
 
     @property
     def durable(self) -> float:
@@ -120,7 +121,10 @@ class Costs:
         return statistics.median(self._durable) if self._durable else 0.0
 
 
-def _mean(values: deque[float]) -> float:
+def _typical(values: deque[float]) -> float:
+    if len(values) < _FEW_SNAPSHOTS:
+        # Steps vary: by chance one may seem expensive, and the next come late. Another is cheap.
+        return min(values)
     most = _OUTLIER * max(0.0, statistics.median(values))
     return statistics.fmean(min(value, most) for value in values)
 
