@@ -64,8 +64,8 @@ class Snapshotter:
     `load_state_dict`, or a dict, list, tensor or array that is filled in place. Random states and
     progress are part of every snapshot without being named.
 
-    `every` is the cadence (`"200 steps"`, `"10m"`, `"1 epoch"`, `"off"`); `PYSNAP_EVERY` wins over
-    it. `keep` is the retention. `best` (`"min val_loss"`, `"max accuracy by 0.001"`) names the
+    `every` is the cadence (`"200 steps"`, `"10m"`, `"1 epoch"`, `"1%"`, `"auto"`, `"off"`);
+    `PYSNAP_EVERY` wins over it. `keep` is the retention. `best` (`"min val_loss"`, `"max accuracy by 0.001"`) names the
     metric of which an improvement, told by `report`, takes a snapshot. `overlap`, `host_memory`,
     `codec`, `workers`, `nice` and `on_error` override the environment (see `pysnap.config`).
     `on_durable` is called with a `SnapshotInfo` in a background thread. `config` is the
@@ -99,12 +99,13 @@ class Snapshotter:
         metadata: dict[str, Any] | None = None,
         **parts: object,
     ) -> None:
-        """Open the repository (made if it is not there), take its writer lock and begin to prepare
-        staging memory.
+        """Open the repository (made if it is not there), take its writer lock, look whether memory
+        and disk hold what the rules ask for, and begin to prepare staging memory.
 
-        Raises ConfigError for settings or parts that cannot be, StateError for a part that cannot
-        be stored, BusyError while another process writes there, StorageError for a path that cannot
-        be used or where the system refuses threads, FormatError for a repository of another format.
+        Raises ConfigError for settings or parts that cannot be and for staging that memory does not
+        hold, StateError for a part that cannot be stored, BusyError while another process writes
+        there, StorageError for a path that cannot be used, a disk that is too small or where the
+        system refuses threads, FormatError for a repository of another format.
         Waits for the disk, and for no other process.
         """
         settings = Config.resolve(
