@@ -27,10 +27,12 @@ _PAUSE = 10
 """A step that takes so many times the usual is a pause of the loop, such as a validation."""
 _PAUSES_IN_A_ROW = 8
 """So many are no pauses: the steps have become longer."""
-_SNAPSHOTS_SEEN = 8
+_SNAPSHOTS_SEEN = 16
 _FEW_SNAPSHOTS = 3
-_OUTLIER = 4
+_OUTLIER = 10
 """A cost counts as so many times the median at most: one hiccup of a disk is no rule."""
+_MARGIN = 0.9
+"""Of the share, what is aimed at, so that the cost stays under it although it varies."""
 _NOTABLE = 1.5
 _LONG = 3600.0
 
@@ -213,7 +215,7 @@ class Schedule:
         intervals = []
         if self.cadence.share is not None:
             # At least half of the steps run without one, or nothing could be compared.
-            intervals.append(max(cost / self.cadence.share, 2 * durable))
+            intervals.append(max(cost / (_MARGIN * self.cadence.share), 2 * durable))
         if self.cadence.auto:
             # Young, "A first order approximation to the optimum checkpoint interval", CACM 1974.
             intervals.append(max(math.sqrt(2 * cost * self._mtbf), durable))
