@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from pysnap.errors import StateError as StateError
     from pysnap.errors import StorageError as StorageError
     from pysnap.errors import TornError as TornError
+    from pysnap.estimating import DeviceNeed as DeviceNeed
+    from pysnap.estimating import Estimate as Estimate
+    from pysnap.estimating import estimate as estimate
     from pysnap.files import load as load
     from pysnap.files import open_view
     from pysnap.files import save as save
@@ -53,6 +56,9 @@ _HOME = {
     "StateError": "errors",
     "StorageError": "errors",
     "TornError": "errors",
+    "DeviceNeed": "estimating",
+    "Estimate": "estimating",
+    "estimate": "estimating",
     "load": "files",
     "open": "files:open_view",
     "save": "files",

@@ -6,19 +6,23 @@ import re
 from dataclasses import dataclass
 
 from pysnap.errors import ConfigError
+from pysnap.measure import FORMS, Amount, shown_seconds
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
-_FORMS = "`500`, `200 steps`, `30s`, `10m`, `2h`, `1 epoch`, `off`, or several joined by `,`"
+_FORMS = f"{FORMS}, `1%`, `auto`, `off`, or several joined by `,`"
+_SHARE = re.compile(r"(\d{1,2}(?:\.\d{1,6})?)\s*%", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """Due every `steps` steps, `seconds` seconds or `epochs` epochs, whichever comes first;
-    None: not by that measure."""
+    """Due every `steps` steps, `seconds` seconds or `epochs` epochs, as often as the share `share`
+    of training time pays for, or, `auto`, as loses least work; whichever comes first. None: not by
+    that measure."""
 
     steps: int | None = None
     seconds: float | None = None
     epochs: int | None = None
+    share: float | None = None
+    auto: bool = False
 
     @classmethod
     def parse(cls, rule: str | int | None, where: str) -> Cadence:
@@ -26,7 +30,7 @@ class Cadence:
         ConfigError names `where`."""
         if rule is None:
             return cls()
-        found: dict[str, int] = {}
+        found: dict[str, float] = {}
         for part in str(rule).split(","):
             measure, amount = _parse(part.strip().lower(), rule, where)
             if measure in found:
@@ -36,22 +40,35 @@ class Cadence:
             if len(found) > 1:
                 raise ConfigError(f"{where} is {rule!r}: `off` stands alone")
             return cls()
-        return cls(found.get("steps"), found.get("seconds"), found.get("epochs"))
+        steps, epochs = found.get("steps"), found.get("epochs")
+        return cls(
+            None if steps is None else int(steps),
+            found.get("seconds"),
+            None if epochs is None else int(epochs),
+            found.get("share"),
+            "auto" in found,
+        )
 
     def __str__(self) -> str:
-        parts = [
-            f"{amount:g} {measure}"
-            for measure, amount in (
-                ("steps", self.steps),
-                ("seconds", self.seconds),
-                ("epochs", self.epochs),
-            )
-            if amount is not None
+        amounts = [
+            str(Amount("steps", self.steps)) if self.steps else "",
+            shown_seconds(self.seconds) if self.seconds else "",
+            str(Amount("epochs", self.epochs)) if self.epochs else "",
         ]
-        return "every " + " or ".join(parts) if parts else "off"
+        rules = [f"every {amount}" for amount in amounts if amount]
+        if self.share is not None:
+            rules.append(f"as often as {self.share * 100:g}% of training time pays for")
+        if self.auto:
+            rules.append("as often as loses least work")
+        return " or ".join(rules) or "off"
+
+    @property
+    def measured(self) -> bool:
+        """Whether it depends on what snapshots cost."""
+        return self.share is not None or self.auto
 
     def due_after_step(self, step: int, seconds_since_last: float) -> bool:
-        """Whether a snapshot is due when `step` steps are done."""
+        """Whether a snapshot is due by number or time when `step` steps are done."""
         by_steps = self.steps is not None and step % self.steps == 0
         by_time = self.seconds is not None and seconds_since_last >= self.seconds
         return by_steps or by_time
@@ -61,13 +78,14 @@ class Cadence:
         return self.epochs is not None and epochs % self.epochs == 0
 
 
-def _parse(part: str, rule: str | int, where: str) -> tuple[str, int]:
-    if part == "off":
-        return "off", 0
-    match = re.fullmatch(r"(\d+)\s*(steps?|s|m|h|epochs?|)", part)
-    if match is None or int(match[1]) == 0:
-        raise ConfigError(f"{where} is {rule!r}; it must be {_FORMS}")
-    amount, unit = int(match[1]), match[2]
-    if unit in _SECONDS:
-        return "seconds", amount * _SECONDS[unit]
-    return ("epochs" if unit.startswith("epoch") else "steps"), amount
+def _parse(part: str, rule: str | int, where: str) -> tuple[str, float]:
+    if part in ("off", "auto"):
+        return part, 0
+    share = _SHARE.fullmatch(part)
+    if share is not None and float(share[1]) > 0:
+        return "share", float(share[1]) / 100
+    try:
+        amount = Amount.parse(part)
+    except ValueError:
+        raise ConfigError(f"{where} is {rule!r}; it must be {_FORMS}") from None
+    return amount.measure, amount.value

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import json
 import logging
 import operator
 import threading
@@ -21,9 +22,10 @@ import torch
 from pysnap import _engine, tree
 from pysnap.config import Config
 from pysnap.errors import Error, StateError, StorageError, TornError
+from pysnap.estimating import Growth
 from pysnap.gate import Gate
 from pysnap.layout import HOST, Leaf, Places, Plan, current_streams, make_plan
-from pysnap.manifest import Manifest
+from pysnap.manifest import ELEMENTS, Manifest
 from pysnap.memory import available_memory
 from pysnap.skeleton import Skeleton
 from pysnap.zstd import zstd_libraries
@@ -34,6 +36,20 @@ _log = logging.getLogger("pysnap")
 DISK_SECONDS = 60.0
 _POLL_SECONDS = 0.02
 _NAMES_SHOWN = 3
+_PAGE = 4096
+_INDEX_BYTES = 256
+"""Of the manifest, for a tensor or a chunk, at most; names are in the tree."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a snapshot needs, in bytes: of its tensors; at most of the disk, with its manifest and
+    uncompressed; of host memory, for staging, if it comes to that."""
+
+    stream: int
+    disk: int
+    staging: int
+    devices: frozenset[int] = frozenset()
 
 
 class Stager:
@@ -42,8 +58,10 @@ class Stager:
     def __init__(self, config: Config) -> None:
         """Start the engine's threads. Raises StorageError where the system refuses threads."""
         self._chunk_size = config.chunk_size
+        self._bound = bound = config.host_memory or max(
+            available_memory() // 4, 2 * config.chunk_size
+        )
         cores = _engine.available_processors()
-        bound = config.host_memory or max(available_memory() // 4, 2 * config.chunk_size)
         zstd = [] if config.codec == "none" else zstd_libraries()
         if zstd and not _engine.has_zstd(zstd):
             _log.warning(
@@ -64,12 +82,27 @@ class Stager:
         self._steady: _Steady | None = None
         self._told: str | None = None  # why copies from devices are slow
 
-    def prepare(self, state: object, *, gate: Gate, growth: int) -> None:
-        """Plan the capture of `state`, and have staging memory for it and `growth` more bytes made
-        ready in the background, as far as the bound allows. Raises StateError for what cannot be
-        stored."""
-        plan = self._plan(state, gate).plan
-        self._engine.reserve(plan.stream + growth, devices=sorted(plan.devices - {HOST}))
+    def measure(self, state: object, *, gate: Gate, growth: Growth) -> Size:
+        """Plan the capture of `state`: what a snapshot of it will need when `growth` has come.
+        Raises StateError for what cannot be stored."""
+        planned = self._plan(state, gate)
+        plan = planned.plan
+        stream = plan.stream + growth.total
+        # Of each element type there is a chunk that is not full.
+        chunks = len(plan.spans) + growth.total // self._chunk_size + len(ELEMENTS)
+        tensors = len(plan.records) + growth.tensors
+        tree_size = len(json.dumps(planned.tree, ensure_ascii=False).encode())
+        index = tree_size + _INDEX_BYTES * (chunks + tensors)
+        return Size(
+            stream=stream,
+            disk=stream + _PAGE * chunks + index,
+            staging=min(stream, self._bound),
+            devices=plan.devices - {HOST},
+        )
+
+    def reserve(self, size: Size) -> None:
+        """Have staging memory made ready in the background, as far as the bound allows."""
+        self._engine.reserve(size.stream, devices=sorted(size.devices))
 
     def wait_reserved(self) -> None:
         """Block until that memory is ready."""

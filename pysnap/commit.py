@@ -18,7 +18,7 @@ from pysnap.errors import ClosedError, Error
 from pysnap.memory import check_spare_memory
 from pysnap.notes import Notes
 from pysnap.repository import Repository, Snapshot, discard
-from pysnap.retention import Keep, removable
+from pysnap.retention import Keep, Verdict, plan
 
 _log = logging.getLogger("pysnap")
 
@@ -49,6 +49,9 @@ class Stats:
     raw_bytes: int = 0
     stored_bytes: int = 0
     last: SnapshotInfo | None = None
+    interval_seconds: float | None = None
+    """From one snapshot to the next by what they cost (`1%`, `auto`); None by other rules, or while
+    nothing is measured yet."""
 
 
 class Handle:
@@ -69,6 +72,16 @@ class Handle:
     def done(self) -> bool:
         """Whether it is durable or has failed."""
         return self._done.is_set()
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long it has blocked the training thread."""
+        return self._stall
+
+    @property
+    def durable_seconds(self) -> float | None:
+        """How long it took until it was durable; None while it is not."""
+        return None if self._info is None else self._info.durable_seconds
 
     @property
     def error(self) -> BaseException | None:
@@ -313,15 +326,16 @@ class Committer:
         try:
             snapshots = self._repository.durable()
             # One that somebody copied here may have a larger sequence number than the newest.
-            held = self._repository.held() | {newest.path}
-            for snapshot in removable(snapshots, self._keep, best=self._best, held=held):
-                self._remove(snapshot)
+            held = self._repository.held() | {newest.path: "just taken"}
+            for verdict in reversed(plan(snapshots, self._keep, best=self._best, held=held)):
+                if not verdict.kept:
+                    self._remove(verdict)
         except Exception as error:
             _log.error("old snapshots could not be removed: %s", error)
 
-    def _remove(self, snapshot: Snapshot) -> None:
+    def _remove(self, verdict: Verdict) -> None:
         try:
-            self._repository.delete(snapshot.path)
+            self._repository.delete(verdict.snapshot.path)
         except Error as error:
             _log.error("an old snapshot could not be removed: %s", error)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pysnap.errors import ConfigError
+from pysnap.measure import parse_seconds
 
 _UNITS = {
     "": 1, "b": 1,
@@ -88,9 +89,17 @@ SETTINGS = (
         str,
         None,
         "off",
-        "when a snapshot is due: `500`, `200 steps`, `30s`, `10m`, `2h`, `1 epoch`, `off`; "
+        "when a snapshot is due: `500`, `200 steps`, `30s`, `10m`, `2h`, `1 epoch`, `off`; `1%`: "
+        "as often as this share of training time pays for; `auto`: as often as loses least work; "
         "several joined by `,` mean whichever comes first; wins over the argument",
         environment_wins=True,
+    ),
+    Setting(
+        "mtbf",
+        parse_seconds,
+        6 * 3600,
+        "6h",
+        "mean time between failures of the run, such as `45m`, `6h`, `7d`; only `auto` asks for it",
     ),
     Setting(
         "resume",
@@ -176,6 +185,7 @@ class Config:
     None mean automatic."""
 
     every: str | None
+    mtbf: int
     resume: str | None
     overlap: bool
     host_memory: int | None

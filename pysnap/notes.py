@@ -27,10 +27,6 @@ class Notes:
     def __bool__(self) -> bool:
         return bool(self.tags or self.pinned or self.note)
 
-    def holds(self) -> bool:
-        """Whether retention must keep the snapshot."""
-        return bool(self.tags) or self.pinned
-
     def to_bytes(self) -> bytes:
         """The content of the file."""
         return json.dumps(asdict(self), ensure_ascii=False).encode()

@@ -240,6 +240,10 @@ class Repository:
         self._lock.check()
         return new_partial(self.root)
 
+    def scratch(self) -> Path:
+        """A name for a file that nobody needs; the next writer removes it where this one dies."""
+        return self.root / f"{_NEW_HEADER}{uuid.uuid4().hex}"
+
     def next_sequence(self) -> int:
         """The sequence number of the next snapshot. Raises StorageError."""
         if self._unread:
@@ -279,9 +283,9 @@ class Repository:
         newest = max((snapshot.manifest.sequence for snapshot in listing.snapshots), default=0)
         self._next_sequence = max(self._next_sequence, newest + 1)
 
-    def held(self) -> set[Path]:
-        """The snapshots that a tag or a pin holds."""
-        return {path for path in self._known if _is_held(path)}
+    def held(self) -> dict[Path, str]:
+        """The snapshots that a tag or a pin holds, and which."""
+        return {path: why for path in self._known if (why := held_by(path))}
 
     def delete(self, path: Path) -> None:
         """Remove a snapshot: it disappears at once and whole."""
@@ -319,13 +323,17 @@ class Repository:
         return self.root / f"{name}.{1 + max(int(match[2] or 0) for match in taken)}"
 
 
-def _is_held(path: Path) -> bool:
+def held_by(path: Path) -> str:
+    """What holds a snapshot, whatever retention says: its tags, its pin; empty where nothing
+    does."""
     try:
-        return Notes.read(path).holds()
+        notes = Notes.read(path)
     except Error as error:
         # Notes that cannot be read may have held it.
         _log.warning("%s is kept: %s", path, error)
-        return True
+        return "its notes cannot be read"
+    marks = ["pinned"] if notes.pinned else []
+    return ", ".join([*marks, *(f"tagged {tag}" for tag in notes.tags)])
 
 
 def _make_root(root: Path) -> None:

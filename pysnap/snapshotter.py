@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import math
+import operator
 import os
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
 import torch
 
-from pysnap import provenance, rng
+from pysnap import preflight, provenance, rng
 from pysnap.best import Best
 from pysnap.cadence import Cadence
-from pysnap.capture import Capture, Stager
+from pysnap.capture import Capture, Size, Stager
 from pysnap.commit import Committer, Handle, SnapshotInfo, Stats
 from pysnap.config import Config
 from pysnap.errors import (
@@ -32,14 +36,18 @@ from pysnap.errors import (
     StorageError,
     TornError,
 )
+from pysnap.estimating import Growth, foresee
 from pysnap.gate import Gate
 from pysnap.manifest import plain_json
 from pysnap.match import Terms, load_parts
+from pysnap.measure import shown_seconds
+from pysnap.memory import available_memory
 from pysnap.notes import Notes, tagged
 from pysnap.parts import as_part
 from pysnap.progress import Progress
 from pysnap.repository import Listing, Repository, Snapshot, tell_skipped
-from pysnap.retention import Keep
+from pysnap.retention import Keep, check_best
+from pysnap.schedule import Schedule
 from pysnap.which import Which
 
 _log = logging.getLogger("pysnap")
@@ -56,8 +64,8 @@ class Snapshotter:
     `load_state_dict`, or a dict, list, tensor or array that is filled in place. Random states and
     progress are part of every snapshot without being named.
 
-    `every` is the cadence (`"200 steps"`, `"10m"`, `"1 epoch"`, `"off"`); `PYSNAP_EVERY` wins over
-    it. `keep` is the retention. `best` (`"min val_loss"`, `"max accuracy by 0.001"`) names the
+    `every` is the cadence (`"200 steps"`, `"10m"`, `"1 epoch"`, `"1%"`, `"auto"`, `"off"`);
+    `PYSNAP_EVERY` wins over it. `keep` is the retention. `best` (`"min val_loss"`, `"max accuracy by 0.001"`) names the
     metric of which an improvement, told by `report`, takes a snapshot. `overlap`, `host_memory`,
     `codec`, `workers`, `nice` and `on_error` override the environment (see `pysnap.config`).
     `on_durable` is called with a `SnapshotInfo` in a background thread. `config` is the
@@ -91,12 +99,13 @@ class Snapshotter:
         metadata: dict[str, Any] | None = None,
         **parts: object,
     ) -> None:
-        """Open the repository (made if it is not there), take its writer lock and begin to prepare
-        staging memory.
+        """Open the repository (made if it is not there), take its writer lock, look whether memory
+        and disk hold what the rules ask for, and begin to prepare staging memory.
 
-        Raises ConfigError for settings or parts that cannot be, StateError for a part that cannot
-        be stored, BusyError while another process writes there, StorageError for a path that cannot
-        be used or where the system refuses threads, FormatError for a repository of another format.
+        Raises ConfigError for settings or parts that cannot be and for staging that memory does not
+        hold, StateError for a part that cannot be stored, BusyError while another process writes
+        there, StorageError for a path that cannot be used, a disk that is too small or where the
+        system refuses threads, FormatError for a repository of another format.
         Waits for the disk, and for no other process.
         """
         settings = Config.resolve(
@@ -109,12 +118,10 @@ class Snapshotter:
             on_error=on_error,
         )
         source = settings.sources["every"]
-        self._cadence = Cadence.parse(settings.every, "every" if source == "argument" else source)
+        cadence = Cadence.parse(settings.every, "every" if source == "argument" else source)
         self._best = None if best is None else Best.parse(best)
-        if keep is not None and keep.best and self._best is None:
-            raise ConfigError(
-                f'{keep} needs a metric: say what is best, such as best="min val_loss"'
-            )
+        keep = keep or Keep()
+        check_best(keep, self._best)
         # Only the environment sets it; an argument is one of `resume`.
         self._which = (
             None if settings.resume is None else Which.parse(settings.resume, "PYSNAP_RESUME")
@@ -128,16 +135,19 @@ class Snapshotter:
         self._reported: dict[str, float] = {}  # metrics of this moment
         self._owner = os.getpid()
         self.progress = Progress()
+        self._tell_rule(Path(path).absolute(), cadence, settings)
         self._stager = Stager(settings)
         self._gate = Gate(self._parts.values() if settings.overlap else (), _waiter(self))
         try:
-            self._stager.prepare(self._state(), gate=self._gate, growth=self._growth())
+            size = self._stager.measure(self._state(), gate=self._gate, growth=self._growth())
             self._repository = Repository(Path(path))
+            self._preflight(size, keep, cadence, settings)
+            self._stager.reserve(size)
         except BaseException:
             self._gate.close()
             self._stager.close()
             raise
-        self._committer = Committer(self._repository, keep or Keep(), self._best, on_durable)
+        self._committer = Committer(self._repository, keep, self._best, on_durable)
         # For a Snapshotter that is dropped, and for the end of the interpreter, before modules are
         # torn down and after the committing thread, which is no daemon, has ended.
         self._finalizer = weakref.finalize(
@@ -154,9 +164,8 @@ class Snapshotter:
         self._resumed = False
         self._pending = False  # due, but another is in flight
         self._mid_step = False  # an exception left a step half done
-        self._last_start = time.monotonic()
-        self._clock_start = self._last_start  # progress.seconds is counted from here
-        _log.info("snapshots to %s: %s (from %s)", self._repository.root, self._cadence, source)
+        self._clock_start = time.monotonic()  # progress.seconds is counted from here
+        self._schedule = Schedule(cadence, mtbf=settings.mtbf, now=self._clock_start)
 
     def step(self, *, samples: int = 0) -> _Step:
         """Context manager around one training step. At its end the step is counted, with the
@@ -297,6 +306,7 @@ class Snapshotter:
         """
         self._check_open()
         notes = tagged(tag)
+        self._schedule.pause()
         self._committer.wait_idle()
         return self._take(notes, overlap=overlap)
 
@@ -307,6 +317,7 @@ class Snapshotter:
         Raises ConfigError for a value that is no number.
         """
         self._check_open()
+        self._schedule.pause()
         for name, value in metrics.items():
             try:
                 self._reported[name] = float(value)
@@ -339,7 +350,7 @@ class Snapshotter:
 
     def stats(self) -> Stats:
         """A copy of the counts so far."""
-        return self._committer.stats()
+        return replace(self._committer.stats(), interval_seconds=self._schedule.interval)
 
     def close(self) -> None:
         """Take a snapshot that is still due, wait until the last one is durable and release
@@ -378,6 +389,14 @@ class Snapshotter:
             if error is None:
                 raise
 
+    def _tell_rule(self, root: Path, cadence: Cadence, settings: Config) -> None:
+        """The first line of the log: the rule in force, and where it came from."""
+        rule = str(cadence)
+        if cadence.auto:
+            told = "" if settings.sources["mtbf"] == "default" else " of PYSNAP_MTBF"
+            rule += f", at a failure every {shown_seconds(settings.mtbf)}{told}"
+        _log.info("snapshots to %s: %s (from %s)", root, rule, settings.sources["every"])
+
     def _check_open(self) -> None:
         if os.getpid() != self._owner:
             raise ClosedError(
@@ -393,17 +412,30 @@ class Snapshotter:
         state["rng"] = rng.capture()
         return state
 
-    def _growth(self) -> int:
-        """Bytes that fresh optimizers will add: two tensors for each parameter at most, in the
-        common ones of torch.optim."""
-        parameters = [
-            parameter
+    def _growth(self) -> Growth:
+        """The state that fresh optimizers among the parts will make."""
+        grown = [
+            foresee(part)
             for part in self._parts.values()
-            if isinstance(part, torch.optim.Optimizer) and not part.state
-            for group in part.param_groups
-            for parameter in group["params"]
+            if isinstance(part, torch.optim.Optimizer)
         ]
-        return sum(2 * parameter.nbytes for parameter in parameters)
+        return functools.reduce(operator.add, grown, Growth({}))
+
+    def _preflight(self, size: Size, keep: Keep, cadence: Cadence, settings: Config) -> None:
+        try:
+            preflight.check(
+                self._repository,
+                size,
+                keep,
+                cadence,
+                encodes=settings.codec != "none",
+                improvements=self._best is not None,
+                free_memory=available_memory(),
+                metadata=len(json.dumps(self._description)),
+            )
+        except BaseException:
+            self._repository.close()
+            raise
 
     def _finish_step(self, samples: int) -> None:
         self._check_open()
@@ -412,19 +444,20 @@ class Snapshotter:
         self.progress.step += 1
         self.progress.batch += 1
         self.progress.samples += samples
-        self.progress.seconds = time.monotonic() - self._clock_start
+        now = time.monotonic()
+        self.progress.seconds = now - self._clock_start
         if self._raises and not self._committer.busy():
             self._tell_failure()
-        elapsed = time.monotonic() - self._last_start
         # Only behind a step: the next change is the optimizer's.
-        self._take_if(self._cadence.due_after_step(self.progress.step, elapsed), overlap=True)
+        self._take_if(self._schedule.after_step(self.progress.step, now), overlap=True)
 
     def _finish_epoch(self) -> None:
         self._check_open()
         self.progress.epoch += 1
         self.progress.batch = 0
         self._declare_epoch()
-        self._take_if(self._cadence.due_after_epoch(self.progress.epoch), overlap=False)
+        self._schedule.pause()
+        self._take_if(self._schedule.after_epoch(self.progress.epoch), overlap=False)
 
     def _declare_epoch(self) -> None:
         """Tell loaders that a new epoch begins (see loader.py); not said where a run goes on in the
@@ -447,7 +480,7 @@ class Snapshotter:
         if previous is not None and isinstance(previous.error, TornError):
             self._gate.give_up()
         handle = Handle(self.progress.step)
-        self._last_start = time.monotonic()
+        self._schedule.taken(handle, time.monotonic())
         self._pending = False
 
         def begin() -> Capture:

@@ -18,6 +18,31 @@ def test_default_environment_argument() -> None:
     assert Config.resolve({"PYSNAP_NICE": "5"}, nice=7).nice == 7
 
 
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        ("1", "every 1 step"),
+        ("200, 90m", "every 200 steps or every 90m"),
+        ("1 epoch, 1%", "every 1 epoch or as often as 1% of training time pays for"),
+        ("auto", "as often as loses least work"),
+        ("off", "off"),
+    ],
+)
+def test_cadences_as_text(rule: str, text: str) -> None:
+    assert str(Cadence.parse(rule, "every")) == text
+
+
+def test_the_time_between_failures() -> None:
+    assert Config.resolve({}).mtbf == 21600
+    assert Config.resolve({"PYSNAP_MTBF": "45m"}).mtbf == 2700
+
+
+@pytest.mark.parametrize("text", ["6", "6 hours", "0h", "5 steps", "often"])
+def test_times_between_failures_that_do_not_parse(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"PYSNAP_MTBF.*such as 30s"):
+        Config.resolve({"PYSNAP_MTBF": text})
+
+
 def test_the_cadence_of_the_environment_wins() -> None:
     config = Config.resolve({"PYSNAP_EVERY": "10m"}, every="200")
     assert config.every == "10m" and config.sources["every"] == "PYSNAP_EVERY"
@@ -49,6 +74,11 @@ def test_sizes_that_do_not_parse(text: str) -> None:
         ("2 epochs", Cadence(epochs=2)),
         ("100 steps, 5m", Cadence(steps=100, seconds=300)),
         ("off", Cadence()),
+        ("7d", Cadence(seconds=604_800)),
+        ("1%", Cadence(share=0.01)),
+        ("0.5 %, 1h", Cadence(share=0.005, seconds=3600)),
+        ("Auto", Cadence(auto=True)),
+        ("auto, 1000 steps", Cadence(auto=True, steps=1000)),
         (None, Cadence()),
     ],
 )
@@ -57,7 +87,26 @@ def test_cadences(rule: str | int | None, cadence: Cadence) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["", "0", "-5", "10 minutes", "1.5h", "off, 5m", "5,6", "5 steps 6", "sometimes"]
+    "rule",
+    [
+        "",
+        "0",
+        "-5",
+        "10 minutes",
+        "1.5h",
+        "off, 5m",
+        "5,6",
+        "5 steps 6",
+        "sometimes",
+        "0%",
+        "100%",
+        "-1%",
+        "%",
+        "1%, 2%",
+        "auto, auto",
+        "auto, off",
+        "nan%",
+    ],
 )
 def test_cadences_that_do_not_parse(rule: str) -> None:
     with pytest.raises(ConfigError, match="PYSNAP_EVERY"):

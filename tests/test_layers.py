@@ -13,7 +13,14 @@ PACKAGE = Path(__file__).parent.parent / "pysnap"
 
 # A module may import those of the layers below its own, and those it names beside it.
 LAYERS: list[dict[str, set[str]]] = [
-    {"errors": set(), "_version": set(), "memory": set(), "devices": set(), "reader": set()},
+    {
+        "errors": set(),
+        "_version": set(),
+        "memory": set(),
+        "devices": set(),
+        "reader": set(),
+        "measure": set(),
+    },
     {"dtypes": set(), "paths": set(), "zstd": set()},
     {
         "config": set(),
@@ -28,14 +35,20 @@ LAYERS: list[dict[str, set[str]]] = [
         "progress": set(),
         "provenance": set(),
     },
-    {"layout": set(), "repository": set(), "overlay": set()},
+    {
+        "layout": set(),
+        "repository": set(),
+        "overlay": set(),
+        "schedule": set(),
+        "estimating": set(),
+    },
     {"skeleton": set()},
     {"verify": set()},
     {"capture": set(), "best": set()},
     {"retention": set(), "which": set()},
     {"restore": set()},
     {"parts": set(), "view": set(), "files": {"view"}, "commit": set()},
-    {"match": set()},
+    {"match": set(), "preflight": set()},
     {"snapshotter": set()},
     {"auditing": set(), "demo": set()},
     {"cli": set()},
