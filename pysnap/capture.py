@@ -6,8 +6,10 @@ from __future__ import annotations
 import datetime
 import errno
 import logging
+import math
 import operator
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pysnap import _engine, tree
+from pysnap import _engine, trace, tree
 from pysnap.config import Config
 from pysnap.errors import Error, StateError, StorageError, TornError
 from pysnap.gate import Gate
@@ -68,7 +70,8 @@ class Stager:
         """Plan the capture of `state`, and have staging memory for it and `growth` more bytes made
         ready in the background, as far as the bound allows. Raises StateError for what cannot be
         stored."""
-        plan = self._plan(state, gate).plan
+        with trace.span("plan"):
+            plan = self._plan(state, gate).plan
         self._engine.reserve(plan.stream + growth, devices=sorted(plan.devices - {HOST}))
 
     def wait_reserved(self) -> None:
@@ -243,6 +246,8 @@ class Capture:
         self._chunk_size = chunk_size
         self._guard = guard
         self._copied = threading.Event()
+        self.staged_at = math.inf
+        """When every byte was in staging memory, by the monotonic clock; set by then."""
 
     def copy(self) -> None:
         """Return when the bytes have been read that may not wait, or the job has failed; `write`
@@ -251,10 +256,16 @@ class Capture:
         Where they do not fit into the staging memory, it waits for the disk; after DISK_SECONDS in
         which the disk takes nothing the job fails."""
         try:
-            self._job.capture(current_streams(self._devices))
+            with trace.span("capture"):
+                self._job.capture(current_streams(self._devices))
+                self._note_staged(0)
             self._tell_given_up()
         finally:
             self._copied.set()
+
+    def _note_staged(self, timeout: float | None) -> None:
+        if self._job.wait_staged(timeout):
+            self.staged_at = min(self.staged_at, time.monotonic())
 
     def gate(self) -> None:
         """Return when every byte has been read, or is read ahead of what is queued on the device's
@@ -285,18 +296,22 @@ class Capture:
     ) -> Manifest:
         """Write the packs into `directory` and make them durable; the manifest that describes
         them."""
-        self._job.open_pack(str(directory / "0.pack"))
+        with trace.span("open pack"):
+            self._job.open_pack(str(directory / "0.pack"))
         # Changes behind the copy do not matter, so they are looked for at once.
-        self._job.wait_staged()
+        with trace.span("wait until staged"):
+            self._note_staged(None)
         # What follows holds the GIL, which the training thread needs to return from the capture.
         self._copied.wait()
         self._guard.settle()
         self._keep = []
         try:
-            self._job.wait_written()
+            with trace.span("wait until written"):
+                self._job.wait_written()
         except TornError as error:
             raise TornError(_torn(self._names_in(getattr(error, "chunk", 0)))) from None
-        chunks, size = self._job.finish()
+        with trace.span("make pack durable"):
+            chunks, size = self._job.finish()
         return Manifest(
             id=uuid.uuid4().hex,
             step=step,

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from pysnap import trace
 from pysnap.errors import BusyError, StorageError, printable
 
 # Whatever the umask: a state is nobody else's business.
@@ -25,7 +26,8 @@ _LONGEST_PATH = 4096
 @contextlib.contextmanager
 def _told(doing: str, path: Path) -> Iterator[None]:
     try:
-        yield
+        with trace.span(doing, path=path.name):
+            yield
     except OSError as error:
         raise _told_of(error, doing, path) from error
 

@@ -322,7 +322,7 @@ def test_a_full_disk_fails_one_snapshot_loses_none_and_the_next_works(tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     counts, value = done.stdout.splitlines()
-    assert counts == "1 1 ['.pysnap', '.writer', 'latest', 'step-000000001']"
+    assert counts == "1 1 ['.pysnap', '.writer', 'events.jsonl', 'latest', 'step-000000001']"
     assert value == "3.0"
     assert "No space left" in done.stderr and "step 2 failed" in done.stderr
 
