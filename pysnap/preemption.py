@@ -171,6 +171,7 @@ class Preemption:
         """Watch for `signals`; a run that gets one has `grace` seconds from then on."""
         self._grace = grace
         self._inside: int | None = None  # the thread that is in a step
+        self._gave_up = False  # the newest step is not durable, and nothing is to be done about it
         self._signals = _watch.add(self, signals)
 
     @property
@@ -211,6 +212,16 @@ class Preemption:
         another; None: it cannot be taken here. After a transient failure it is tried again. False
         if there is something to do, but not here.
         """
+        done = self._gave_up or self._save(committer, safe, take)
+        self._gave_up = done and not safe()
+        return done
+
+    def _save(
+        self,
+        committer: Committer,
+        safe: Callable[[], bool],
+        take: Callable[[], Handle] | None,
+    ) -> bool:
         begun = committer.busy()
         if not self._wait(committer):
             return True
