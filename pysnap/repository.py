@@ -184,8 +184,8 @@ def discard(partial: Path) -> bool:
         # It may have been visible: a power cut must not bring it back half empty.
         storage.sync_directory(partial.parent)
         storage.remove_directory(partial)
-    except StorageError:
-        return False
+    except StorageError as error:
+        return error.errno == 2
     return True
 
 
@@ -290,7 +290,7 @@ class Repository:
     def remove_rest(self) -> None:
         """Remove what could not be removed when it was to be."""
         leftovers, self._leftovers = self._leftovers, []
-        for path in filter(os.path.lexists, leftovers):
+        for path in leftovers:
             self.discard(path)
 
     def close(self) -> None:
