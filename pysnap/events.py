@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Any
 
 from pysnap import storage
 from pysnap.errors import StorageError
+from pysnap.memory import check_spare_memory
 
 _log = logging.getLogger("pysnap")
 
@@ -54,8 +56,9 @@ class EventLog:
                 # A disk that hangs must neither stop the training thread nor keep the process.
                 thread = threading.Thread(target=self._write, name="pysnap-events", daemon=True)
                 try:
+                    check_spare_memory()
                     thread.start()
-                except RuntimeError:
+                except (RuntimeError, MemoryError):
                     return  # no more threads now: the next event tries again
                 self._thread = thread
 
@@ -78,6 +81,8 @@ class EventLog:
             self._thread.join(_CLOSE_SECONDS)
 
     def _write(self) -> None:
+        # By default it kills the process when a file grows past RLIMIT_FSIZE.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGXFSZ})
         told = False
         while (item := self._queue.get()) is not None:
             if isinstance(item, threading.Event):
