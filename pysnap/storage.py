@@ -274,8 +274,8 @@ class WriterLock:
         """Raise StorageError where the path does not lead to the locked file any more: its
         directory was removed or moved, or another one is in its place."""
         assert self._descriptor is not None
-        locked = os.fstat(self._descriptor)
         try:
+            locked = os.fstat(self._descriptor)
             found = os.stat(self._path, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError) as error:
             number, what = error.errno or errno.ENOENT, "is gone, or has lost its writer lock"

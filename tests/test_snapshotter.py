@@ -851,3 +851,23 @@ def test_a_save_inside_a_snapshot_that_is_being_taken_does_not_wait_for_itself(
         armed.append(True)
         snapshotter.save().wait()
         assert not armed
+
+
+def test_a_lock_that_cannot_be_looked_at_fails_one_snapshot_with_an_error_of_pysnap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handle told an OSError."""
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        lock = snapshotter._repository._lock._descriptor
+        fstat = os.fstat
+
+        def broken(descriptor: int) -> os.stat_result:
+            if descriptor == lock:
+                raise OSError(errno.EIO, "mine")
+            return fstat(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", broken)
+            with pytest.raises(pysnap.StorageError, match=r"\.writer"):
+                snapshotter.save().wait()
+        snapshotter.save().wait()
