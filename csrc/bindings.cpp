@@ -25,6 +25,7 @@
 #include "error.h"
 #include "restore.h"
 #include "thread.h"
+#include "trace.h"
 #include "zstd.h"
 
 namespace py = pybind11;
@@ -206,10 +207,13 @@ PYBIND11_MODULE(_engine, module) {
   PYBIND11_NUMPY_DTYPE(ChunkRow, pack, raw, stored, element, encoding, offset, digest_high,
                        digest_low);
   PYBIND11_NUMPY_DTYPE(Target, offset, address, length, device);
+  PYBIND11_NUMPY_DTYPE(trace::Span, start, end, amount, thread, phase);
   module.attr("EXTENT") = py::dtype::of<Extent>();
   module.attr("SPAN") = py::dtype::of<SpanRow>();
   module.attr("CHUNK") = py::dtype::of<ChunkRow>();
   module.attr("TARGET") = py::dtype::of<Target>();
+  module.attr("TRACED") = py::dtype::of<trace::Span>();
+  module.attr("PHASES") = py::tuple(py::cast(trace::phase_names()));
 
   py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
@@ -369,6 +373,15 @@ PYBIND11_MODULE(_engine, module) {
       },
       py::arg("call"));
   module.def("cuda_unavailable", &cuda_unavailable, py::call_guard<py::gil_scoped_release>());
+  module.def("trace", &trace::enable, py::arg("on"));
+  module.def("take_spans", [] {
+    const trace::Taken taken = trace::take();
+    std::vector<std::pair<std::uint32_t, std::string>> threads;
+    for (const trace::Thread& thread : taken.threads) threads.emplace_back(thread.id, thread.name);
+    Rows<trace::Span> spans(static_cast<py::ssize_t>(taken.spans.size()));
+    std::copy(taken.spans.begin(), taken.spans.end(), spans.mutable_data());
+    return py::make_tuple(spans, threads, taken.dropped);
+  });
   module.def("available_processors", &available_processors);
   module.def("simd_path", [] { return simd_path_name(best_simd_path()); });
 }

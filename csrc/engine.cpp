@@ -8,6 +8,7 @@
 #include "buffer.h"
 #include "digest.h"
 #include "thread.h"
+#include "trace.h"
 
 namespace pysnap {
 
@@ -183,6 +184,7 @@ void Job::copy_next(Slot slot) {
   std::optional<InFlight> flight;
   std::optional<Error> failure;
   try {
+    const trace::Scope scope(trace::Phase::kCopy, spans_[chunk].raw);
     flight.emplace(stage(chunk, std::move(slot)));
     failure = flight->failure;
     if (chunk >= eager_ && !(sample(chunk, flight->slot.data()) == samples_[chunk - eager_]))
@@ -481,6 +483,7 @@ void Engine::land() {
     bool over = true;
     std::optional<Error> failure;
     try {
+      const trace::Scope scope(trace::Phase::kLand);
       over = oldest.wait(kPoll);
     } catch (const Error& error) {
       failure = error;
@@ -567,6 +570,7 @@ bool Engine::encodes(Element element) {
 
 StoredChunk Engine::write(PackWriter& pack, const Span& span, const Slot& slot,
                           PlanesEncoder* encoder, std::uint8_t* out) const {
+  trace::Scope scope(trace::Phase::kEncode, span.raw);
   std::uint8_t* raw = slot.data();
   StoredChunk chunk{
       0, span.raw, span.raw, span.element, Encoding::kRaw, 0, xxh3_128(raw, span.raw)};
@@ -576,6 +580,7 @@ StoredChunk Engine::write(PackWriter& pack, const Span& span, const Slot& slot,
     chunk.stored = static_cast<std::uint32_t>(encoded);
     chunk.encoding = Encoding::kPlanes;
   }
+  scope.next(trace::Phase::kWrite, chunk.stored);
   chunk.offset = pack.append(encoded > 0 ? out : raw, chunk.stored);
   return chunk;
 }

@@ -21,6 +21,7 @@
 #include "mapping.h"
 #include "slot_pool.h"
 #include "thread.h"
+#include "trace.h"
 
 namespace pysnap {
 
@@ -106,6 +107,7 @@ class ChunkReader {
   template <typename Use>
   void read(std::size_t index, Use use) {
     const StoredChunk& chunk = chunks_[index];
+    trace::Scope scope(trace::Phase::kRead, chunk.raw);
     OpenPack& pack = packs_[chunk.pack];
     auto damage = [&](const char* what) {
       return Error::corrupt(pack.path(), static_cast<std::int64_t>(index), what);
@@ -130,6 +132,7 @@ class ChunkReader {
     }
     if (xxh3_128(raw, chunk.raw) != chunk.digest)
       throw damage("its bytes do not match their digest");
+    scope.next(trace::Phase::kPut, chunk.raw);
     use(raw);
     if (in_place == nullptr) return;
     if (pack.lost()) throw damage("the file was cut short, or could not be read, meanwhile");

@@ -8,6 +8,7 @@
 #include "error.h"
 #include "file.h"
 #include "thread.h"
+#include "trace.h"
 
 namespace pysnap {
 
@@ -157,6 +158,7 @@ void SlotPool::grow() {
         std::min(std::max<std::size_t>(1, kRegionSize / slot_size_), wanted_ - ready_);
     const std::size_t size = slots * slot_size_;
     lock.unlock();
+    const trace::Scope scope(trace::Phase::kMap, size);
     void* mapped =
         ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     Region region(mapped == MAP_FAILED ? nullptr : static_cast<std::uint8_t*>(mapped),

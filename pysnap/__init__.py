@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from pysnap.auditing import Difference as Difference
     from pysnap.auditing import audit as audit
     from pysnap.commit import Handle as Handle
-    from pysnap.commit import SnapshotInfo as SnapshotInfo
     from pysnap.commit import Stats as Stats
     from pysnap.errors import BusyError as BusyError
     from pysnap.errors import ClosedError as ClosedError
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
     from pysnap.files import open_view
     from pysnap.files import save as save
     from pysnap.loader import resumable as resumable
+    from pysnap.observers import Failure as Failure
+    from pysnap.observers import SnapshotInfo as SnapshotInfo
+    from pysnap.preemption import Preempted as Preempted
     from pysnap.progress import Progress as Progress
     from pysnap.retention import Keep as Keep
     from pysnap.snapshotter import Snapshotter as Snapshotter
@@ -66,7 +68,9 @@ _HOME = {
     "Keep": "retention",
     "Handle": "commit",
     "Progress": "progress",
-    "SnapshotInfo": "commit",
+    "Failure": "observers",
+    "SnapshotInfo": "observers",
+    "Preempted": "preemption",
     "Snapshotter": "snapshotter",
     "Stats": "commit",
     "Entry": "view",

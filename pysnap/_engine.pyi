@@ -15,6 +15,9 @@ CHUNK: np.dtype[np.void]
 """pack, raw, stored (u4), element, encoding (u1), offset, digest_high, digest_low (u8)"""
 TARGET: np.dtype[np.void]
 """offset, address, length (u8), device (i4)"""
+TRACED: np.dtype[np.void]
+"""start, end (u8: nanoseconds of CLOCK_MONOTONIC), amount (u8: bytes), thread (u4), phase (u1)"""
+PHASES: tuple[str, ...]
 
 class Job:
     def capture(self, streams: Sequence[tuple[int, int]] = ...) -> None:
@@ -99,6 +102,13 @@ def call_in_main_thread(call: Callable[[], object]) -> bool:
 def cuda_unavailable() -> str | None:
     """Why CUDA cannot be used, or None. Starts the driver, after which forked children cannot use
     CUDA: for a process that has tensors there."""
+
+def trace(on: bool) -> None:
+    """Begin or end to note what each thread does when."""
+
+def take_spans() -> tuple[NDArray[np.void], list[tuple[int, str]], int]:
+    """What was noted since the last call; the number and name of every thread that ever noted
+    something; how many spans found no room since the last call."""
 
 def available_processors() -> int: ...
 def simd_path() -> str: ...

@@ -7,8 +7,10 @@ import datetime
 import errno
 import json
 import logging
+import math
 import operator
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pysnap import _engine, tree
+from pysnap import _engine, trace, tree
 from pysnap.config import Config
 from pysnap.errors import Error, StateError, StorageError, TornError
 from pysnap.estimating import Growth
@@ -85,7 +87,8 @@ class Stager:
     def measure(self, state: object, *, gate: Gate, growth: Growth) -> Size:
         """Plan the capture of `state`: what a snapshot of it will need when `growth` has come.
         Raises StateError for what cannot be stored."""
-        planned = self._plan(state, gate)
+        with trace.span("plan"):
+            planned = self._plan(state, gate)
         plan = planned.plan
         stream = plan.stream + growth.total
         # Of each element type there is a chunk that is not full.
@@ -276,6 +279,8 @@ class Capture:
         self._chunk_size = chunk_size
         self._guard = guard
         self._copied = threading.Event()
+        self.staged_at = math.inf
+        """When every byte was in staging memory, by the monotonic clock; set by then."""
 
     def copy(self) -> None:
         """Return when the bytes have been read that may not wait, or the job has failed; `write`
@@ -284,10 +289,16 @@ class Capture:
         Where they do not fit into the staging memory, it waits for the disk; after DISK_SECONDS in
         which the disk takes nothing the job fails."""
         try:
-            self._job.capture(current_streams(self._devices))
+            with trace.span("capture"):
+                self._job.capture(current_streams(self._devices))
+                self._note_staged(0)
             self._tell_given_up()
         finally:
             self._copied.set()
+
+    def _note_staged(self, timeout: float | None) -> None:
+        if self._job.wait_staged(timeout):
+            self.staged_at = min(self.staged_at, time.monotonic())
 
     def gate(self) -> None:
         """Return when every byte has been read, or is read ahead of what is queued on the device's
@@ -318,18 +329,22 @@ class Capture:
     ) -> Manifest:
         """Write the packs into `directory` and make them durable; the manifest that describes
         them."""
-        self._job.open_pack(str(directory / "0.pack"))
+        with trace.span("open pack"):
+            self._job.open_pack(str(directory / "0.pack"))
         # Changes behind the copy do not matter, so they are looked for at once.
-        self._job.wait_staged()
+        with trace.span("wait until staged"):
+            self._note_staged(None)
         # What follows holds the GIL, which the training thread needs to return from the capture.
         self._copied.wait()
         self._guard.settle()
         self._keep = []
         try:
-            self._job.wait_written()
+            with trace.span("wait until written"):
+                self._job.wait_written()
         except TornError as error:
             raise TornError(_torn(self._names_in(getattr(error, "chunk", 0)))) from None
-        chunks, size = self._job.finish()
+        with trace.span("make pack durable"):
+            chunks, size = self._job.finish()
         return Manifest(
             id=uuid.uuid4().hex,
             step=step,

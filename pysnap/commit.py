@@ -12,29 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pysnap import trace
 from pysnap.best import Best
 from pysnap.capture import Capture
 from pysnap.errors import ClosedError, Error
 from pysnap.memory import check_spare_memory
 from pysnap.notes import Notes
-from pysnap.repository import Repository, Snapshot, discard
+from pysnap.observers import Failure, Observers, SnapshotInfo
+from pysnap.repository import Repository, Snapshot
 from pysnap.retention import Keep, Verdict, plan
+from pysnap.retries import Backoff, lacks_space
 
 _log = logging.getLogger("pysnap")
-
-
-@dataclass(frozen=True)
-class SnapshotInfo:
-    """A durable snapshot and what it cost."""
-
-    path: Path
-    step: int
-    stall_seconds: float
-    """How long the training thread was blocked."""
-    durable_seconds: float
-    """From the beginning of the capture until it was durable."""
-    raw_bytes: int
-    stored_bytes: int
 
 
 @dataclass
@@ -43,8 +32,10 @@ class Stats:
 
     durable: int = 0
     failed: int = 0
+    retried: int = 0
+    """Taken after one that failed for a reason that may pass."""
     late: int = 0
-    """Due while another was in flight, and taken when that was durable."""
+    """Due while another was in flight or had just failed, and taken later."""
     stall_seconds: float = 0.0
     raw_bytes: int = 0
     stored_bytes: int = 0
@@ -57,8 +48,10 @@ class Stats:
 class Handle:
     """One snapshot that was asked for. Thread safe."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, *, late: bool = False) -> None:
         self.step = step
+        self.late = late
+        """It was due earlier."""
         self._start = time.monotonic()
         self._stall = 0.0
         self._staged = threading.Event()  # set after _stall
@@ -72,6 +65,10 @@ class Handle:
     def done(self) -> bool:
         """Whether it is durable or has failed."""
         return self._done.is_set()
+
+    def durable(self) -> bool:
+        """Whether it is durable."""
+        return self._done.is_set() and self._error is None
 
     @property
     def stall_seconds(self) -> float:
@@ -106,7 +103,8 @@ class Handle:
         capture = self._capture
         if capture is not None:
             start = time.monotonic()
-            capture.gate()
+            with trace.span("gate"):
+                capture.gate()
             self._stall += time.monotonic() - start
 
     def wait(self, timeout: float | None = None) -> SnapshotInfo:
@@ -152,13 +150,16 @@ class Committer:
         repository: Repository,
         keep: Keep,
         best: Best | None,
-        on_durable: Callable[[SnapshotInfo], None] | None,
+        observers: Observers,
+        backoff: Backoff,
     ) -> None:
         self._repository = repository
         self._keep = keep
         self._best = best
-        self._on_durable = on_durable
-        self._threads: list[threading.Thread] = []  # the last may still tell on_durable
+        self._observers = observers
+        self.backoff = backoff
+        """Looked at while no snapshot is in flight."""
+        self._threads: list[threading.Thread] = []  # the last may still tell the observers
         self.newest: Handle | None = None
         """The snapshot that was asked for last."""
         self.parent: str | None = None
@@ -191,6 +192,9 @@ class Committer:
         # Ctrl-C may come at any line of this: whatever waits for the capture must be told.
         try:
             self._taking = True
+            if self.backoff.wants_retry():
+                with self._lock:
+                    self._stats.retried += 1
             self.newest = handle
             # Before that, for what is torn down again when no thread starts costs memory, too.
             check_spare_memory()
@@ -232,14 +236,25 @@ class Committer:
     def wait_idle(self) -> None:
         """Wait until the snapshot in flight is durable or has failed. Raises Error where that one
         is just being taken by the caller, as in a handler of a signal that came meanwhile."""
+        self._check_not_taking()
+        if self.newest is not None:
+            self.newest.gate()
+            self.newest._done.wait()
+
+    def wait_done(self, timeout: float) -> bool:
+        """As `wait_idle`, but False after `timeout` seconds (and what the copy takes)."""
+        self._check_not_taking()
+        if self.newest is None:
+            return True
+        self.newest.gate()
+        return self.newest._done.wait(timeout)
+
+    def _check_not_taking(self) -> None:
         if self._taking:
             raise Error(
                 "a snapshot is being taken, and cannot be waited for inside of that; in a signal "
                 "handler set a flag, and save behind the step"
             )
-        if self.newest is not None:
-            self.newest.gate()
-            self.newest._done.wait()
 
     def is_current_thread(self) -> bool:
         """Whether the calling thread commits a snapshot."""
@@ -253,7 +268,7 @@ class Committer:
             thread.join()
 
     def count_late(self) -> None:
-        """A snapshot was due while another was in flight."""
+        """A snapshot was due that cannot be taken yet."""
         with self._lock:
             self._stats.late += 1
 
@@ -270,20 +285,23 @@ class Committer:
         try:
             snapshot = self._commit(handle.step, capture, metadata, notes)
         except BaseException as error:
-            self._fail(handle, error)
+            try:
+                if lacks_space(error):
+                    self._make_room()
+            finally:
+                self._fail(handle, error)
             return
         try:
-            handle._info = info = self._describe(handle, snapshot)
+            handle._info = info = self._describe(handle, capture, snapshot, notes)
+            self.backoff.succeeded()
+            self._observers.note_durable(info)
             self._retain(snapshot)
         finally:
             handle._staged.set()
             handle._capture = None
             handle._done.set()
-        if self._on_durable is not None:
-            try:
-                self._on_durable(info)
-            except Exception:
-                _log.exception("on_durable failed for the snapshot of step %d", handle.step)
+        self._observers.tell_durable(info)
+        trace.write()
 
     def _commit(
         self, step: int, capture: Capture, metadata: dict[str, Any], notes: Notes
@@ -299,16 +317,26 @@ class Committer:
         except BaseException:
             capture.abort()
             if partial is not None:
-                discard(partial)
+                self._repository.discard(partial)
             raise
 
-    def _describe(self, handle: Handle, snapshot: Snapshot) -> SnapshotInfo:
+    def _describe(
+        self, handle: Handle, capture: Capture, snapshot: Snapshot, notes: Notes
+    ) -> SnapshotInfo:
         now = time.monotonic() - handle._start
+        metadata = snapshot.manifest.metadata
         info = SnapshotInfo(
             path=snapshot.path,
             step=handle.step,
+            epoch=metadata["progress"]["epoch"],
+            seconds=metadata["progress"]["seconds"],
+            # NaN and infinity are texts there.
+            metrics={name: float(value) for name, value in metadata["metrics"].items()},
+            tags=notes.tags,
+            late=handle.late,
             # The training thread may be on its way out of the capture.
             stall_seconds=handle._stall if handle._staged.is_set() else now,
+            staged_seconds=capture.staged_at - handle._start,
             durable_seconds=now,
             raw_bytes=snapshot.manifest.stream,
             stored_bytes=snapshot.manifest.stored,
@@ -321,23 +349,37 @@ class Committer:
             self._stats.last = info
         return info
 
-    def _retain(self, newest: Snapshot) -> None:
+    def _make_room(self) -> None:
+        """On a full disk, remove what earlier removals left, and what the rule does not keep. What
+        it keeps stays: it may go only when a newer one is durable."""
+        self._repository.remove_rest()
+        self._retain(None)
+
+    def _retain(self, newest: Snapshot | None) -> None:
         """A snapshot that cannot be removed does not make the newest one a failure."""
         try:
-            snapshots = self._repository.durable()
-            # One that somebody copied here may have a larger sequence number than the newest.
-            held = self._repository.held() | {newest.path: "just taken"}
-            for verdict in reversed(plan(snapshots, self._keep, best=self._best, held=held)):
-                if not verdict.kept:
-                    self._remove(verdict)
+            with trace.span("retention"):
+                snapshots = self._repository.durable()
+                held = self._repository.held()
+                if newest is not None:
+                    # One that somebody copied here may have a larger sequence number.
+                    held |= {newest.path: "just taken"}
+                for verdict in reversed(plan(snapshots, self._keep, best=self._best, held=held)):
+                    if not verdict.kept:
+                        self._remove(verdict)
         except Exception as error:
             _log.error("old snapshots could not be removed: %s", error)
 
     def _remove(self, verdict: Verdict) -> None:
+        snapshot = verdict.snapshot
         try:
-            self._repository.delete(verdict.snapshot.path)
+            self._repository.delete(snapshot.path)
         except Error as error:
             _log.error("an old snapshot could not be removed: %s", error)
+            return
+        self._observers.events.add(
+            "removed", step=snapshot.step, name=snapshot.path.name, reason=verdict.reason
+        )
 
     def _fail(self, handle: Handle, error: BaseException) -> None:
         doing = f"the snapshot of step {handle.step} failed: "
@@ -345,8 +387,11 @@ class Committer:
         with self._lock:
             self._stats.failed += 1
         try:
-            _log.error("%s%s", doing, error)
+            again = self.backoff.failed(error)
+            failure = Failure(step=handle.step, error=error, retry_seconds=again)
+            self._observers.note_failed(failure)
         finally:
             handle._staged.set()
             handle._capture = None
             handle._done.set()
+        self._observers.tell_failed(failure)

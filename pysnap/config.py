@@ -6,8 +6,10 @@ cadence and the beginning of a program can be changed from outside.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +22,9 @@ _UNITS = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+# Signals that ask a process to end, or that nobody else gives a meaning.
+_CATCHABLE = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP", "SIGQUIT", "SIGXCPU")
+_PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)
 _PAGE = 4096
 _MOST_THREADS = 1024
 _LARGEST_CHUNK = 64 * 2**20
@@ -55,6 +60,17 @@ def parse_switch(text: str) -> bool:
     if text.strip().lower() not in words:
         raise ValueError("expected on or off")
     return words[text.strip().lower()]
+
+
+def parse_signals(text: str) -> tuple[signal.Signals, ...]:
+    """The signals of `"SIGTERM,SIGUSR1"`; none of `"off"`, the default ones of `"on"`."""
+    with contextlib.suppress(ValueError):
+        return _PREEMPTION if parse_switch(text) else ()
+    names = [part.strip().upper() for part in text.split(",")]
+    for name in names:
+        if name not in _CATCHABLE:
+            raise ValueError(f"expected off, or some of {', '.join(_CATCHABLE)} joined by `,`")
+    return tuple(signal.Signals[name] for name in dict.fromkeys(names))
 
 
 def _one_of(*words: str) -> Callable[[str], str]:
@@ -176,6 +192,27 @@ SETTINGS = (
         "warn",
         "what a failed snapshot does: `warn` logs it, `raise` raises it at the next step",
     ),
+    Setting(
+        "preemption",
+        parse_signals,
+        _PREEMPTION,
+        "SIGTERM,SIGUSR1",
+        "signals at which the run takes a snapshot at the end of its step and ends; `off` for none",
+    ),
+    Setting(
+        "grace",
+        parse_seconds,
+        30.0,
+        "30s",
+        "how long after such a signal the process may live, such as `30s`, `2m`, `1h`",
+    ),
+    Setting(
+        "trace",
+        str,
+        None,
+        "off",
+        "file for a timeline of every thread of pysnap, for https://ui.perfetto.dev",
+    ),
 )
 
 
@@ -185,7 +222,7 @@ class Config:
     None mean automatic."""
 
     every: str | None
-    mtbf: int
+    mtbf: float
     resume: str | None
     overlap: bool
     host_memory: int | None
@@ -196,6 +233,9 @@ class Config:
     nice: int
     direct_io: bool
     on_error: Literal["warn", "raise"]
+    preemption: tuple[signal.Signals, ...]
+    grace: float
+    trace: str | None
     sources: Mapping[str, str]
     """Where each value came from: `default`, `argument`, or the name of an environment variable."""
 
@@ -272,6 +312,14 @@ class Config:
             refuse("codec", "auto, planes or none")
         if self.on_error not in ("warn", "raise"):
             refuse("on_error", "warn or raise")
+        for name in ("grace", "mtbf"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (
+                isinstance(value, (int, float)) and 0 < value < float("inf")
+            ):
+                refuse(name, "a time of more than 0 seconds")
+        if not isinstance(self.preemption, tuple):
+            refuse("preemption", "`off`, or names of signals joined by `,`")
         for name in ("overlap", "direct_io"):
             if not isinstance(getattr(self, name), bool):
                 refuse(name, "True or False")

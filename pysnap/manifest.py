@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,6 +166,11 @@ def plain_json(metadata: object) -> dict[str, Any]:
     if type(copy) is not dict:
         raise ConfigError(f"metadata must be a dict, not a {type(metadata).__qualname__}")
     return copy
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Metrics as JSON holds them, which has no NaN and no infinity: they are texts there."""
+    return {name: value if math.isfinite(value) else repr(value) for name, value in metrics.items()}
 
 
 def _record_to_json(record: Record) -> dict[str, Any]:

@@ -11,6 +11,7 @@ FORMS = "`500`, `200 steps`, `30s`, `10m`, `2h`, `7d`, `1 epoch`"
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _AMOUNT = re.compile(r"(\d{1,18})\s*(steps?|epochs?|[smhd]|)", re.ASCII)
+_TIME = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([smhd]?)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,12 @@ class Amount:
         return f"{self.value} {self.measure if self.value != 1 else self.measure[:-1]}"
 
 
-def parse_seconds(text: str) -> int:
-    """Seconds of an amount of time, such as `6h`. Raises ValueError."""
-    try:
-        amount = Amount.parse(text)
-    except ValueError:
-        amount = None
-    if amount is None or amount.measure != "seconds":
+def parse_seconds(text: str) -> float:
+    """Seconds of a time such as `6h`, `1.5m` or `30`. Raises ValueError."""
+    match = _TIME.fullmatch(text.strip().lower())
+    if match is None:
         raise ValueError("expected a time such as 30s, 10m, 6h or 2d")
-    return amount.value
+    return float(match[1]) * _SECONDS[match[2] or "s"]
 
 
 def shown_seconds(seconds: float) -> str:

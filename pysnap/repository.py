@@ -193,13 +193,16 @@ def new_partial(parent: Path) -> Path:
     return path
 
 
-def discard(partial: Path) -> None:
-    """Remove what a failed snapshot left, as far as that is possible; the next writer removes
-    the rest."""
-    with contextlib.suppress(StorageError):
+def discard(partial: Path) -> bool:
+    """Remove what a failed snapshot left; False if something stays, which the next writer
+    removes."""
+    try:
         # It may have been visible: a power cut must not bring it back half empty.
         storage.sync_directory(partial.parent)
         storage.remove_directory(partial)
+    except StorageError as error:
+        return error.errno == 2
+    return True
 
 
 class Repository:
@@ -229,6 +232,7 @@ class Repository:
             raise
         self._known = {snapshot.path: snapshot for snapshot in listing.snapshots}
         self._uncertain: set[Path] = set()  # visible, perhaps, and not durable
+        self._leftovers: list[Path] = []  # of ours, and could not be removed
         self._next_sequence = 1
         self._unread = False  # a manifest could not be read when the repository was listed
         self._pass_sequences(listing)
@@ -293,8 +297,21 @@ class Repository:
         trash = self.root / f"{_TRASH}{uuid.uuid4().hex}"
         storage.rename(path, trash)
         self._known.pop(path, None)
+        self._leftovers.append(trash)
         storage.sync_directory(self.root)
         storage.remove_directory(trash)
+        self._leftovers.remove(trash)
+
+    def discard(self, partial: Path) -> None:
+        """Remove what a failed snapshot left, or remember it for `remove_rest`."""
+        if not discard(partial):
+            self._leftovers.append(partial)
+
+    def remove_rest(self) -> None:
+        """Remove what could not be removed when it was to be."""
+        leftovers, self._leftovers = self._leftovers, []
+        for path in leftovers:
+            self.discard(path)
 
     def close(self) -> None:
         """Give the writer lock back; safe to repeat."""

@@ -13,18 +13,19 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
 import torch
 
-from pysnap import preflight, provenance, rng
+from pysnap import preflight, provenance, rng, trace
+from pysnap._version import __version__
 from pysnap.best import Best
 from pysnap.cadence import Cadence
 from pysnap.capture import Capture, Size, Stager
-from pysnap.commit import Committer, Handle, SnapshotInfo, Stats
+from pysnap.commit import Committer, Handle, Stats
 from pysnap.config import Config
 from pysnap.errors import (
     ClosedError,
@@ -37,16 +38,20 @@ from pysnap.errors import (
     TornError,
 )
 from pysnap.estimating import Growth, foresee
+from pysnap.events import EventLog
 from pysnap.gate import Gate
-from pysnap.manifest import plain_json
+from pysnap.manifest import finite, plain_json
 from pysnap.match import Terms, load_parts
 from pysnap.measure import shown_seconds
 from pysnap.memory import available_memory
 from pysnap.notes import Notes, tagged
+from pysnap.observers import Failure, Observers, ScalarWriter, SnapshotInfo
 from pysnap.parts import as_part
+from pysnap.preemption import Preempted, Preemption
 from pysnap.progress import Progress
 from pysnap.repository import Listing, Repository, Snapshot, tell_skipped
 from pysnap.retention import Keep, check_best
+from pysnap.retries import Backoff
 from pysnap.schedule import Schedule
 from pysnap.which import Which
 
@@ -54,6 +59,7 @@ _log = logging.getLogger("pysnap")
 
 _Batch = TypeVar("_Batch")
 
+_ON_OFF = {True: "on", False: "off"}
 _OVERWRITTEN = "a damaged snapshot was read: live objects may be partly overwritten"
 
 
@@ -65,12 +71,18 @@ class Snapshotter:
     progress are part of every snapshot without being named.
 
     `every` is the cadence (`"200 steps"`, `"10m"`, `"1 epoch"`, `"1%"`, `"auto"`, `"off"`);
-    `PYSNAP_EVERY` wins over it. `keep` is the retention. `best` (`"min val_loss"`, `"max accuracy by 0.001"`) names the
-    metric of which an improvement, told by `report`, takes a snapshot. `overlap`, `host_memory`,
-    `codec`, `workers`, `nice` and `on_error` override the environment (see `pysnap.config`).
-    `on_durable` is called with a `SnapshotInfo` in a background thread. `config` is the
-    configuration of the run, plain JSON: what differs is told when the run is resumed. `metadata`,
-    plain JSON, is stored for people.
+    `PYSNAP_EVERY` wins over it. `keep` is the retention. `best` (`"min val_loss"`,
+    `"max accuracy by 0.001"`) names the metric of which an improvement, told by `report`, takes a
+    snapshot. `overlap`, `host_memory`, `codec`, `workers`, `nice`, `on_error`, `preemption` and
+    `grace` (seconds, or text such as `"2m"`) override the environment (see `pysnap.config`).
+
+    `on_durable` is called with a `SnapshotInfo`, and `on_error`, where it is no text, with a
+    `Failure`, in a background thread; `tensorboard`, anything with `add_scalar`, gets what each
+    snapshot cost. `config` is the configuration of the run, plain JSON: what differs is told when
+    the run is resumed. `metadata`, plain JSON, is stored for people.
+
+    After a signal that `preemption` names, a snapshot is taken at the end of the step, and
+    `Preempted` ends the run when it is durable, or when `grace` is over (see `docs/guide.md`).
 
     Methods belong to the training thread. In a forked child those that take a snapshot or put one
     back raise ClosedError.
@@ -93,8 +105,11 @@ class Snapshotter:
         codec: str | None = None,
         workers: int | None = None,
         nice: int | None = None,
-        on_error: str | None = None,
-        on_durable: Callable[[SnapshotInfo], None] | None = None,
+        on_error: str | Callable[[Failure], object] | None = None,
+        on_durable: Callable[[SnapshotInfo], object] | None = None,
+        tensorboard: ScalarWriter | None = None,
+        preemption: str | bool | None = None,
+        grace: float | str | None = None,
         config: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
         **parts: object,
@@ -115,7 +130,9 @@ class Snapshotter:
             codec=codec,
             workers=workers,
             nice=nice,
-            on_error=on_error,
+            on_error="warn" if callable(on_error) else on_error,
+            preemption=_ON_OFF[preemption] if isinstance(preemption, bool) else preemption,
+            grace=grace,
         )
         source = settings.sources["every"]
         cadence = Cadence.parse(settings.every, "every" if source == "argument" else source)
@@ -134,6 +151,10 @@ class Snapshotter:
         }
         self._reported: dict[str, float] = {}  # metrics of this moment
         self._owner = os.getpid()
+        if tensorboard is not None and not callable(getattr(tensorboard, "add_scalar", None)):
+            raise ConfigError(f"tensorboard is {tensorboard!r:.80}; it must have add_scalar")
+        if settings.trace is not None:
+            trace.begin(settings.trace)
         self.progress = Progress()
         self._tell_rule(Path(path).absolute(), cadence, settings)
         self._stager = Stager(settings)
@@ -147,7 +168,18 @@ class Snapshotter:
             self._gate.close()
             self._stager.close()
             raise
-        self._committer = Committer(self._repository, keep, self._best, on_durable)
+        self._events = EventLog(self._repository.root)
+        self._preemption = Preemption(settings.preemption, settings.grace)
+        observers = Observers(
+            self._events,
+            on_durable=on_durable,
+            on_error=on_error if callable(on_error) else None,
+            tensorboard=tensorboard,
+            grace=settings.grace if self._preemption.active else None,
+        )
+        self._committer = Committer(
+            self._repository, keep, self._best, observers, Backoff(cadence.seconds)
+        )
         # For a Snapshotter that is dropped, and for the end of the interpreter, before modules are
         # torn down and after the committing thread, which is no daemon, has ended.
         self._finalizer = weakref.finalize(
@@ -157,15 +189,29 @@ class Snapshotter:
             self._gate,
             self._stager,
             self._repository,
+            self._events,
+            self._preemption,
             self._owner,
         )
 
         self._step = _Step(self)
         self._resumed = False
-        self._pending = False  # due, but another is in flight
+        self._pending = False  # due, but it could not be taken yet
+        self._safe_step = 0  # it was put back, or nothing is done yet
         self._mid_step = False  # an exception left a step half done
         self._clock_start = time.monotonic()  # progress.seconds is counted from here
         self._schedule = Schedule(cadence, mtbf=settings.mtbf, now=self._clock_start)
+        self._events.add(
+            "run",
+            pid=self._owner,
+            host=self._description["host"],
+            command=self._description["command"],
+            version=__version__,
+            rule=str(cadence),
+            source=source,
+            keep=asdict(keep),
+            best=best,
+        )
 
     def step(self, *, samples: int = 0) -> _Step:
         """Context manager around one training step. At its end the step is counted, with the
@@ -199,6 +245,7 @@ class Snapshotter:
         if loader is None:
             while self.progress.step < total:
                 yield self.progress.step
+                self._end_if_asked()
             return
         resumed = self._resumed
         for _ in self.epochs(sys.maxsize):
@@ -208,6 +255,7 @@ class Snapshotter:
             for batch in loader:
                 empty = False
                 yield batch
+                self._end_if_asked()
                 if self.progress.step >= total:
                     return
             # The rest of the epoch in which the run stopped may be empty.
@@ -276,6 +324,8 @@ class Snapshotter:
                     raise MismatchError(f"{error}\nbut before it, {_OVERWRITTEN}") from None
                 raise
             _log.info("resumed from %s at step %d", snapshot.path, snapshot.step)
+            self._events.add("resumed", step=snapshot.step, name=snapshot.path.name)
+            self._safe_step = self.progress.step
             return snapshot
         if skipped:
             effect = _OVERWRITTEN if touched else "nothing was changed"
@@ -326,6 +376,8 @@ class Snapshotter:
                     f"report({name}={value!r:.80}): a metric must be a number"
                 ) from None
         self.progress.metrics |= self._reported
+        values = {name: self._reported[name] for name in metrics}
+        self._events.add("metrics", step=self.progress.step, values=finite(values))
         best = self._best
         if best is None or best.metric not in metrics:
             return False
@@ -353,24 +405,36 @@ class Snapshotter:
         return replace(self._committer.stats(), interval_seconds=self._schedule.interval)
 
     def close(self) -> None:
-        """Take a snapshot that is still due, wait until the last one is durable and release
-        everything; safe to repeat.
+        """Take a snapshot that is still due, or again one that failed, wait until the last one is
+        durable and release everything; safe to repeat.
 
         Waits as long as the disk and `on_durable` take; Ctrl-C ends that, and close() may be
         called again. With a dead disk the process cannot end either before the kernel gives its
         thread back: `Handle.wait(timeout)` tells that in time.
 
-        Raises the failure of the snapshot that was asked for last.
+        Raises Preempted if a signal asked the run to end, else the failure of the snapshot that was
+        asked for last.
         """
         if not self._finalizer.alive:
             return
         self._check_open()
-        if self._pending and not self._mid_step:
-            self._committer.wait_idle()
-            self._take()
+        if not self._mid_step:
+            self._take_last()
         self._committer.close()
-        self._finalizer()
+        try:
+            self._end()
+        finally:
+            self._events.add("closed", step=self.progress.step)
+            self._finalizer()
         self._tell_failure()
+
+    def _take_last(self) -> None:
+        if self._preemption.request is not None:
+            self._preemption.save(self._committer, self._is_safe, self._take)
+            return
+        self._committer.wait_idle()
+        if self._pending or self._committer.backoff.wants_retry():
+            self._take()
 
     def __enter__(self) -> Snapshotter:
         return self
@@ -379,12 +443,13 @@ class Snapshotter:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
-        self._mid_step |= error is not None
+        # Where the run was made to end is no middle of a step of this Snapshotter.
+        self._mid_step |= error is not None and not self._preemption.ended()
         try:
             self.close()
-        except Error:
+        except (Error, Preempted):
             # The program's own exception is the one to show; the failure was logged when it came.
             if error is None:
                 raise
@@ -450,6 +515,7 @@ class Snapshotter:
             self._tell_failure()
         # Only behind a step: the next change is the optimizer's.
         self._take_if(self._schedule.after_step(self.progress.step, now), overlap=True)
+        self._end_if_asked()
 
     def _finish_epoch(self) -> None:
         self._check_open()
@@ -458,6 +524,7 @@ class Snapshotter:
         self._declare_epoch()
         self._schedule.pause()
         self._take_if(self._schedule.after_epoch(self.progress.epoch), overlap=False)
+        self._end_if_asked()
 
     def _declare_epoch(self) -> None:
         """Tell loaders that a new epoch begins (see loader.py); not said where a run goes on in the
@@ -468,18 +535,44 @@ class Snapshotter:
                 begin_epoch()
 
     def _take_if(self, due: bool, *, overlap: bool) -> None:
-        if not self._committer.busy():
-            if due or self._pending:
-                self._take(overlap=overlap)
-        elif due and not self._pending:
-            self._pending = True
-            self._committer.count_late()
+        if self._preemption.asked():
+            return  # what the end of the run takes is not in the way of the next step
+        if self._committer.busy() or self._committer.backoff.holds():
+            if due and not self._pending:
+                self._pending = True
+                self._committer.count_late()
+        elif due or self._pending or self._committer.backoff.wants_retry():
+            self._take(overlap=overlap)
+
+    def _begin_step(self) -> None:
+        # A loader may stand behind a batch that no step has seen: nothing can be taken here.
+        if self._preemption.asked() and self._preemption.save(
+            self._committer, self._is_safe, take=None
+        ):
+            self._end()
+        self._preemption.enter()
+
+    def _end_if_asked(self) -> None:
+        """Where a run can be put back to: have the newest step durable, and end, if a signal asks
+        for it."""
+        if self._preemption.asked():
+            self._preemption.save(self._committer, self._is_safe, self._take)
+            self._end()
+
+    def _end(self) -> None:
+        self._preemption.end(self.progress.step, self._events)
+
+    def _is_safe(self) -> bool:
+        """Whether the last finished step is durable, or was never taken anew."""
+        newest = self._committer.newest
+        durable = newest.step if newest is not None and newest.durable() else self._safe_step
+        return self.progress.step == durable
 
     def _take(self, notes: Notes | None = None, *, overlap: bool = False) -> Handle:
         previous = self._committer.newest
         if previous is not None and isinstance(previous.error, TornError):
             self._gate.give_up()
-        handle = Handle(self.progress.step)
+        handle = Handle(self.progress.step, late=self._pending)
         self._schedule.taken(handle, time.monotonic())
         self._pending = False
 
@@ -498,14 +591,14 @@ class Snapshotter:
 
     def _describe(self) -> dict[str, Any]:
         progress = self.progress.state()
-        progress["metrics"] = _finite(self.progress.metrics)
+        progress["metrics"] = finite(self.progress.metrics)
         if progress["best"] is not None:
-            progress |= _finite({"best": progress["best"]})
+            progress |= finite({"best": progress["best"]})
         return self._description | {
             "devices": provenance.devices(),
             "parent": self._committer.parent,
             "progress": progress,
-            "metrics": _finite(self._reported),
+            "metrics": finite(self._reported),
         }
 
     def _tell_failure(self) -> None:
@@ -557,17 +650,23 @@ class _Step:
         self.samples = 0
 
     def __enter__(self) -> None:
-        return None
+        snapshotter = self._snapshotter()
+        if snapshotter is not None:
+            snapshotter._begin_step()
+        self._span = trace.span("step")
+        self._span.__enter__()
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
+        self._span.__exit__(kind, error, traceback)
         snapshotter = self._snapshotter()
         if snapshotter is None:
             return
+        snapshotter._preemption.leave()
         if kind is None:
             snapshotter._finish_step(self.samples)
         else:
@@ -597,13 +696,14 @@ def _rule(which: str | os.PathLike[str], step: int | None, tag: str | None) -> W
     return Which.parse(which, "which")
 
 
-def _finite(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: they are texts there."""
-    return {name: value if math.isfinite(value) else repr(value) for name, value in metrics.items()}
-
-
 def _release(
-    committer: Committer, gate: Gate, stager: Stager, repository: Repository, owner: int
+    committer: Committer,
+    gate: Gate,
+    stager: Stager,
+    repository: Repository,
+    events: EventLog,
+    preemption: Preemption,
+    owner: int,
 ) -> None:
     gate.close()
     # In a forked child the engine's threads do not exist and the lock is closed already.
@@ -613,8 +713,11 @@ def _release(
     def release() -> None:
         committer.close()
         stager.close()
+        events.close()
         repository.close()
+        trace.write()
 
+    preemption.close()
     if committer.is_current_thread():
         # A Snapshotter in a reference cycle, collected by the thread that commits its snapshot.
         threading.Thread(target=release, name="pysnap-release").start()

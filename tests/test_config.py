@@ -37,9 +37,9 @@ def test_the_time_between_failures() -> None:
     assert Config.resolve({"PYSNAP_MTBF": "45m"}).mtbf == 2700
 
 
-@pytest.mark.parametrize("text", ["6", "6 hours", "0h", "5 steps", "often"])
+@pytest.mark.parametrize("text", ["6 hours", "0h", "5 steps", "often"])
 def test_times_between_failures_that_do_not_parse(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"PYSNAP_MTBF.*such as 30s"):
+    with pytest.raises(ConfigError, match=r"PYSNAP_MTBF.*(such as 30s|more than 0 seconds)"):
         Config.resolve({"PYSNAP_MTBF": text})
 
 

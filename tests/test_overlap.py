@@ -540,6 +540,7 @@ def test_a_snapshotter_that_its_own_commit_collects_still_commits(
     write = Capture.write
 
     def collecting(self: Capture, *args: Any, **options: Any) -> Any:
+        disk.wait()
         gc.collect()
         return write(self, *args, **options)
 

@@ -322,7 +322,7 @@ def test_a_full_disk_fails_one_snapshot_loses_none_and_the_next_works(tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     counts, value = done.stdout.splitlines()
-    assert counts == "1 1 ['.pysnap', '.writer', 'latest', 'step-000000001']"
+    assert counts == "1 1 ['.pysnap', '.writer', 'events.jsonl', 'latest', 'step-000000001']"
     assert value == "3.0"
     assert "No space left" in done.stderr and "step 2 failed" in done.stderr
 
@@ -435,6 +435,7 @@ def test_a_repository_that_is_moved_or_replaced_fails_snapshots_until_it_is_back
 
 def test_a_repository_that_is_removed_is_not_made_again(tmp_path: Path) -> None:
     snapshotter = pysnap.Snapshotter(tmp_path / "run", values={"a": 1}, every=1)
+    assert snapshotter._events.flush(60)  # or it may be made while the directory is removed
     shutil.rmtree(tmp_path / "run")
     for _ in range(2):
         with snapshotter.step():
@@ -689,8 +690,8 @@ def test_any_exception_of_retention_leaves_the_snapshot_durable(
     def refused(_: object) -> None:
         raise PermissionError("mine")
 
-    monkeypatch.setattr(repository.Repository, "list", refused)
     with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        monkeypatch.setattr(repository.Repository, "list", refused)
         assert snapshotter.save().wait().path.is_dir()
     assert "could not be removed" in caplog.text
 
@@ -877,3 +878,23 @@ def test_a_save_inside_a_snapshot_that_is_being_taken_does_not_wait_for_itself(
         armed.append(True)
         snapshotter.save().wait()
         assert not armed
+
+
+def test_a_lock_that_cannot_be_looked_at_fails_one_snapshot_with_an_error_of_pysnap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handle told an OSError."""
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        lock = snapshotter._repository._lock._descriptor
+        fstat = os.fstat
+
+        def broken(descriptor: int) -> os.stat_result:
+            if descriptor == lock:
+                raise OSError(errno.EIO, "mine")
+            return fstat(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", broken)
+            with pytest.raises(pysnap.StorageError, match=r"\.writer"):
+                snapshotter.save().wait()
+        snapshotter.save().wait()

@@ -151,6 +151,8 @@ def test_a_program_ends(
         graceful,
         PYSNAP_CHUNK_SIZE="4KiB",
         PYSNAP_HOST_MEMORY="16KiB",
+        # Without it, SIGTERM is no abrupt end (tests/test_preemption.py).
+        PYSNAP_PREEMPTION="off",
     )
     assert done.status == (GRACEFUL | ABRUPT)[ending], done.err
     published = STAGES.index(stage) >= STAGES.index("write" if graceful else "published")
