@@ -86,6 +86,9 @@ class Program:
         """End it, if it lives, and give its pipes back."""
         if self._status is None:
             self._end()
+        # Its children, too.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         for descriptor in (self.stdin, self.stdout):
             os.close(descriptor)
 

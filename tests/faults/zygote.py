@@ -49,6 +49,7 @@ def serve(control: socket.socket) -> str | None:
 
 def become(request: dict[str, str], descriptors: list[int]) -> None:
     """Make this process look like one that was started for the program."""
+    os.setsid()
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
