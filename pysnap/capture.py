@@ -66,10 +66,12 @@ class Stager:
 
     def prepare(self, state: object, *, gate: Gate, growth: int) -> None:
         """Plan the capture of `state`, and have staging memory for it and `growth` more bytes made
-        ready in the background, as far as the bound allows. Raises StateError for what cannot be
-        stored."""
+        ready in the background, as far as the bound allows; on devices, memory for what cannot
+        wait for `gate` where other bytes can. Raises StateError for what cannot be stored."""
         plan = self._plan(state, gate).plan
-        self._engine.reserve(plan.stream + growth, devices=sorted(plan.devices - {HOST}))
+        eager = int(plan.spans["raw"][: plan.eager].sum()) if plan.eager < len(plan.spans) else 0
+        devices = sorted(plan.devices - {HOST})
+        self._engine.reserve(plan.stream + growth, devices=devices, eager=eager)
 
     def wait_reserved(self) -> None:
         """Block until that memory is ready."""
@@ -262,6 +264,9 @@ class Capture:
         waits, and a failure is told, as by `copy`."""
         if not self._guard.settled():
             self._job.gate(current_streams(self._devices))
+            if is_capturing():
+                # What is captured runs later, when nobody asks.
+                self._job.wait_staged()
             self._guard.look()
             self._tell_given_up()
 
