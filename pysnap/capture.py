@@ -20,6 +20,7 @@ import torch
 
 from pysnap import _engine, tree
 from pysnap.config import Config
+from pysnap.devices import is_capturing
 from pysnap.errors import Error, StateError, StorageError, TornError
 from pysnap.gate import Gate
 from pysnap.layout import HOST, Leaf, Places, Plan, current_streams, make_plan

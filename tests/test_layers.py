@@ -24,7 +24,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "loader": set(),
         "manifest": set(),
         "notes": {"storage"},
-        "gate": set(),
+        "gate": {"devices"},
         "progress": set(),
         "provenance": set(),
     },
