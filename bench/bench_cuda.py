@@ -211,7 +211,9 @@ def overlap(plan: Plan, accelerator: Accelerator, folder: Path, d2h: float) -> d
     each = max((more - base) / several, 1e-5)
     rounds = min(64, max(1, int(2 * size / d2h / each) + 1))
 
-    with_snapshot, without, gates = [], [], []
+    with_snapshot: list[float] = []
+    without: list[float] = []
+    gates: list[float] = []
     with snapshotter(folder, {"model": model, "optimizer": optimizer}, size) as opened:
         for repetition in range(plan.warm_up + plan.repeats):
             for taking in (False, True):
