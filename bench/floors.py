@@ -194,3 +194,23 @@ def _seconds_to_write(path: Path, data: memoryview, *, direct: bool) -> float:
     start = time.perf_counter()
     write_and_sync(path, data, direct=direct)
     return time.perf_counter() - start
+
+
+def read_floor(path: Path) -> float:
+    """Seconds to read a file into memory that was touched before, in several threads."""
+    size = path.stat().st_size
+    threads = max(thread_counts())
+    blocks = [Buffer(_WRITE_BLOCK).view for _ in range(threads)]
+    descriptor = os.open(path, os.O_RDONLY)
+
+    def read(thread: int) -> None:
+        for at in range(thread * _WRITE_BLOCK, size, threads * _WRITE_BLOCK):
+            os.preadv(descriptor, [blocks[thread]], at)
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            start = time.perf_counter()
+            list(pool.map(read, range(threads)))
+            return time.perf_counter() - start
+    finally:
+        os.close(descriptor)

@@ -127,9 +127,11 @@ class _TorchSavePending:
 
 
 class Dcp:
-    """`torch.distributed.checkpoint.async_save` of one process, with its default stager."""
+    """`torch.distributed.checkpoint.async_save` of one process, with its default stager, or with
+    the one that stages in pinned memory."""
 
-    def __init__(self, parts: Parts, directory: Path) -> None:
+    def __init__(self, parts: Parts, directory: Path, *, pinned: bool = False) -> None:
+        """Raises ImportError where this torch has no such stager."""
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -138,6 +140,17 @@ class Dcp:
         # Versions without it tell by themselves that there is no process group.
         has_no_dist = "no_dist" in inspect.signature(async_save).parameters
         self._options: dict[str, Any] = {"no_dist": True} if has_no_dist else {}
+        if pinned:
+            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+            # Staged within the call, as pysnap does.
+            options = StagingOptions(
+                use_pinned_memory=torch.cuda.is_available(),
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=torch.cuda.is_available(),
+            )
+            self._options["async_stager"] = DefaultStager(options)
         self._parts = parts
         self._directory = directory
         self._count = 0
@@ -175,6 +188,47 @@ class _DcpPending:
         return self._path
 
 
+class TorchSnapshot:
+    """`torchsnapshot.Snapshot.async_take`."""
+
+    def __init__(self, parts: Parts, directory: Path) -> None:
+        """Raises ImportError where it is not installed."""
+        import torchsnapshot  # type: ignore[import-not-found]  # no dependency of ours
+
+        self._take = torchsnapshot.Snapshot.async_take
+        self._parts = parts
+        self._directory = directory
+        self._count = 0
+
+    def save(self) -> Pending:
+        self._count += 1
+        path = self._directory / f"torchsnapshot-{self._count}"
+        return _TorchSnapshotPending(self._take(str(path), self._parts), path)
+
+    def wait_ready(self) -> None:
+        """Nothing is prepared."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _TorchSnapshotPending:
+    def __init__(self, pending: Any, path: Path) -> None:
+        self._pending = pending
+        self._path = path
+
+    def gate(self) -> None:
+        """Everything was copied in the call."""
+
+    def done(self) -> bool:
+        return bool(self._pending.done())
+
+    def wait(self) -> Path:
+        self._pending.wait()
+        sync(self._path)
+        return self._path
+
+
 def _state_dict(parts: Parts) -> dict[str, Any]:
     return {name: part.state_dict() for name, part in parts.items()}
 
@@ -186,6 +240,8 @@ PYSNAP_BOUNDED = "pysnap, bounded"
 PYSNAP_OVERLAP = "pysnap, overlap"
 TORCH_SAVE = "torch.save"
 DCP = "DCP async_save"
+DCP_PINNED = "DCP async_save, pinned"
+TORCHSNAPSHOT = "torchsnapshot"
 PEERS = {"torch.save": TORCH_SAVE, "dcp": DCP}
 """Names on the command line, and in the results."""
 
@@ -201,6 +257,8 @@ def open_saver(subject: str, parts: Parts, directory: Path, host_memory: int | N
         PYSNAP_BOUNDED: lambda: Pysnap(parts, directory, host_memory=host_memory),
         TORCH_SAVE: lambda: TorchSave(parts, directory),
         DCP: lambda: Dcp(parts, directory),
+        DCP_PINNED: lambda: Dcp(parts, directory, pinned=True),
+        TORCHSNAPSHOT: lambda: TorchSnapshot(parts, directory),
     }
     return makers[subject]()
 

@@ -167,7 +167,12 @@ def summary(results: Results) -> Results:
 
 def show(results: Results, console: Console) -> None:
     """Tables of the medians and the bars."""
-    for table in (_saves(results), _training(results), _restores(results), _bars(results)):
+    for table in (
+        _saves(results),
+        _training(results),
+        _restores(results),
+        table_of_bars(bars(results)),
+    ):
         if table is not None:
             console.print(table)
     worst = max(_foreign(results), default=0.0)
@@ -273,10 +278,11 @@ def _restores(results: Results) -> Table | None:
     return table
 
 
-def _bars(results: Results) -> Table:
+def table_of_bars(judged: list[Bar]) -> Table:
+    """What must hold, and what was measured."""
     table = _table("Bars", "", "at most", "median,\nrange", "")
     verdict = {True: "[green]PASS", False: "[red]FAIL", None: "[yellow]not\nmeasured"}
-    for bar in bars(results):
+    for bar in judged:
         value = Spread.of(bar.values).show(_two) if bar.values else ""
         table.add_row(bar.what, _two(bar.limit), value, verdict[bar.passed])
     return table

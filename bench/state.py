@@ -32,7 +32,7 @@ def _block(width: int) -> nn.ModuleDict:
     )
 
 
-def _model(parameters: int) -> nn.Module:
+def _model(parameters: int, device: str) -> nn.Module:
     """The modules of GPT-2 small, with width and vocabulary scaled to about `parameters`."""
     scale = math.sqrt(parameters / GPT2_PARAMETERS)
     width = max(64, 64 * round(_WIDTH * scale / 64))
@@ -47,7 +47,7 @@ def _model(parameters: int) -> nn.Module:
                 "ln_f": nn.LayerNorm(width),
             }
         )
-    return model.to_empty(device="cpu")
+    return model.to_empty(device=device)
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class State:
     optimizer: torch.optim.AdamW
 
     @classmethod
-    def build(cls, parameters: int) -> State:
+    def build(cls, parameters: int, device: str = "cpu") -> State:
         """About `parameters` parameters in fp32 and two moments of each: 12 bytes a parameter."""
         torch.manual_seed(20_240_229)
-        model = _model(parameters)
+        model = _model(parameters, device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

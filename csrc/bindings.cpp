@@ -279,7 +279,7 @@ PYBIND11_MODULE(_engine, module) {
            py::arg("copy_threads"), py::arg("nice"), py::arg("direct_io"), py::arg("zstd"),
            py::arg("adaptive"), py::arg("disk_seconds") = 60.0)
       .def("reserve", &Engine::reserve, py::arg("size"),
-           py::arg("devices") = std::vector<DeviceIndex>(),
+           py::arg("devices") = std::vector<DeviceIndex>(), py::arg("eager") = 0,
            py::call_guard<py::gil_scoped_release>())
       .def("why_pageable",
            [](const Engine& engine) {

@@ -6,10 +6,9 @@
 // it for its own duration, so that any thread may call and none is left changed.
 //
 // Sources shorter than 1 MiB, which cross the bus slowly one by one, are first copied together in
-// the device's memory, by as many copies, and then cross as one. A kernel would do it in one launch
-// but cannot be built without CUDA's compiler; cuMemcpyBatchAsync would, too, but needs a driver of
-// 2025 and has changed its parameters since. Where the device has no 4 MiB left for that, they
-// cross one by one.
+// the device's memory, by a kernel (see piece_kernel.h), and then cross as one; on the way back,
+// the same in the other direction. Where the driver refuses the kernel, copies of the driver
+// gather; where the device has no 4 MiB left for that, they cross one by one.
 #pragma once
 
 #include <memory>

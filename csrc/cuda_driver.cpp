@@ -41,6 +41,7 @@ std::string CudaDriver::missing_symbol() {
   resolve("cuGetErrorString", cuGetErrorString);
   resolve("cuDeviceGetCount", cuDeviceGetCount);
   resolve("cuDeviceGet", cuDeviceGet);
+  resolve("cuDeviceGetPCIBusId", cuDeviceGetPCIBusId);
   resolve("cuDevicePrimaryCtxRetain", cuDevicePrimaryCtxRetain);
   resolve("cuDevicePrimaryCtxRelease_v2", cuDevicePrimaryCtxRelease_v2);
   resolve("cuCtxPushCurrent_v2", cuCtxPushCurrent_v2);
@@ -48,6 +49,8 @@ std::string CudaDriver::missing_symbol() {
   resolve("cuStreamCreate", cuStreamCreate);
   resolve("cuStreamDestroy_v2", cuStreamDestroy_v2);
   resolve("cuStreamQuery", cuStreamQuery);
+  resolve("cuStreamIsCapturing", cuStreamIsCapturing);
+  resolve("cuThreadExchangeStreamCaptureMode", cuThreadExchangeStreamCaptureMode);
   resolve("cuStreamWaitEvent", cuStreamWaitEvent);
   resolve("cuEventCreate", cuEventCreate);
   resolve("cuEventDestroy_v2", cuEventDestroy_v2);
@@ -60,6 +63,10 @@ std::string CudaDriver::missing_symbol() {
   resolve("cuMemcpyDtoHAsync_v2", cuMemcpyDtoHAsync_v2);
   resolve("cuMemcpyHtoDAsync_v2", cuMemcpyHtoDAsync_v2);
   resolve("cuMemcpyDtoDAsync_v2", cuMemcpyDtoDAsync_v2);
+  resolve("cuModuleLoadData", cuModuleLoadData);
+  resolve("cuModuleUnload", cuModuleUnload);
+  resolve("cuModuleGetFunction", cuModuleGetFunction);
+  resolve("cuLaunchKernel", cuLaunchKernel);
   return missing;
 }
 

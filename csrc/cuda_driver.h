@@ -13,6 +13,8 @@
 struct CUctx_st;
 struct CUstream_st;
 struct CUevent_st;
+struct CUmod_st;
+struct CUfunc_st;
 
 namespace pysnap {
 
@@ -20,13 +22,23 @@ using CudaResult = int;  // cuda.h has an enum; the same to a caller
 using CudaContext = CUctx_st*;
 using CudaStream = CUstream_st*;
 using CudaEvent = CUevent_st*;
+using CudaModule = CUmod_st*;
+using CudaFunction = CUfunc_st*;
+using CudaCaptureMode = int;  // an enum in cuda.h, as the next
+using CudaCaptureStatus = int;
 using CudaAddress = unsigned long long;
 
 constexpr CudaResult kCudaSuccess = 0;
 constexpr CudaResult kCudaNotReady = 600;
+// No copy of the context is under way any more.
+constexpr CudaResult kCudaDeinitialized = 4;
+constexpr CudaResult kCudaInvalidContext = 201;
+constexpr CudaResult kCudaContextIsDestroyed = 709;
 constexpr unsigned kCudaNonBlockingStream = 1;
 constexpr unsigned kCudaEventWithoutTiming = 2;
 constexpr unsigned kCudaPortable = 1;
+constexpr CudaCaptureMode kCudaCaptureRelaxed = 2;
+constexpr CudaCaptureStatus kCudaNotCapturing = 0;
 
 // The functions of one driver, under the names of their symbols; tests/cpp/cuda_header_test.cpp
 // compares them with cuda.h. Where there is a _v2, the plain name is an old function with 32-bit
@@ -47,6 +59,7 @@ class CudaDriver {
   CudaResult (*cuGetErrorString)(CudaResult, const char**) = nullptr;
   CudaResult (*cuDeviceGetCount)(int*) = nullptr;
   CudaResult (*cuDeviceGet)(int*, int) = nullptr;
+  CudaResult (*cuDeviceGetPCIBusId)(char*, int, int) = nullptr;
   CudaResult (*cuDevicePrimaryCtxRetain)(CudaContext*, int) = nullptr;
   CudaResult (*cuDevicePrimaryCtxRelease_v2)(int) = nullptr;
   CudaResult (*cuCtxPushCurrent_v2)(CudaContext) = nullptr;
@@ -54,6 +67,8 @@ class CudaDriver {
   CudaResult (*cuStreamCreate)(CudaStream*, unsigned) = nullptr;
   CudaResult (*cuStreamDestroy_v2)(CudaStream) = nullptr;
   CudaResult (*cuStreamQuery)(CudaStream) = nullptr;
+  CudaResult (*cuStreamIsCapturing)(CudaStream, CudaCaptureStatus*) = nullptr;
+  CudaResult (*cuThreadExchangeStreamCaptureMode)(CudaCaptureMode*) = nullptr;
   CudaResult (*cuStreamWaitEvent)(CudaStream, CudaEvent, unsigned) = nullptr;
   CudaResult (*cuEventCreate)(CudaEvent*, unsigned) = nullptr;
   CudaResult (*cuEventDestroy_v2)(CudaEvent) = nullptr;
@@ -66,6 +81,11 @@ class CudaDriver {
   CudaResult (*cuMemcpyDtoHAsync_v2)(void*, CudaAddress, std::size_t, CudaStream) = nullptr;
   CudaResult (*cuMemcpyHtoDAsync_v2)(CudaAddress, const void*, std::size_t, CudaStream) = nullptr;
   CudaResult (*cuMemcpyDtoDAsync_v2)(CudaAddress, CudaAddress, std::size_t, CudaStream) = nullptr;
+  CudaResult (*cuModuleLoadData)(CudaModule*, const void*) = nullptr;
+  CudaResult (*cuModuleUnload)(CudaModule) = nullptr;
+  CudaResult (*cuModuleGetFunction)(CudaFunction*, CudaModule, const char*) = nullptr;
+  CudaResult (*cuLaunchKernel)(CudaFunction, unsigned, unsigned, unsigned, unsigned, unsigned,
+                               unsigned, unsigned, CudaStream, void**, void**) = nullptr;
 
  private:
   explicit CudaDriver(std::unique_ptr<DynamicLibrary> library) : library_(std::move(library)) {}

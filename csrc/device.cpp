@@ -24,13 +24,20 @@ class HostDevice : public Device {
       to += source.length;
     }
   }
-  void write(std::uint64_t address, const void* slot, std::size_t length) override {
-    stream_copy(reinterpret_cast<void*>(static_cast<std::uintptr_t>(address)), slot, length);
+  void write(const void* slot, const std::vector<Place>& places) override {
+    const auto* from = static_cast<const std::uint8_t*>(slot);
+    for (const Place& place : places) {
+      stream_copy(reinterpret_cast<void*>(static_cast<std::uintptr_t>(place.address)),
+                  from + place.offset, place.length);
+    }
   }
   std::unique_ptr<Fence> fence() override { return nullptr; }
   void gate(StreamHandle) override {}
+  void reserve_clone(std::size_t) override {}
+  std::optional<std::uint64_t> clone(const std::vector<Source>&) override { return std::nullopt; }
   void pin(void*, std::size_t) override {}
   void unpin(void*) noexcept override {}
+  std::optional<int> numa_node() const override { return std::nullopt; }
 };
 
 }  // namespace

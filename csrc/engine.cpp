@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <exception>
-#include <set>
 
 #include "buffer.h"
 #include "digest.h"
@@ -18,6 +17,8 @@ constexpr std::uint64_t kSampled = 256u << 10;
 constexpr std::uint64_t kSample = 64;
 // Longer than any run; keeps the arithmetic of time points in range.
 constexpr std::chrono::hours kForever{24 * 365 * 100};
+// A device keeps no more than this for clones.
+constexpr std::uint64_t kMostCloned = std::uint64_t{64} << 20;
 
 // Objects of a forked child are never destroyed: their mutexes may be locked by threads that do not
 // exist there.
@@ -44,17 +45,7 @@ void poll(const Interrupted& interrupted) {
 }  // namespace
 
 Job::Job(Engine& engine, std::vector<Extent> extents, std::vector<Span> spans, std::size_t eager)
-    : engine_(engine),
-      extents_(std::move(extents)),
-      spans_(std::move(spans)),
-      eager_(eager),
-      chunks_(spans_.size()) {
-  std::uint64_t stream = 0;
-  for (const Extent& extent : extents_) {
-    extent_starts_.push_back(stream);
-    stream += extent.length;
-    if (devices_.count(extent.device) == 0) devices_[extent.device] = engine_.device(extent.device);
-  }
+    : engine_(engine), spans_(std::move(spans)), eager_(eager), chunks_(spans_.size()) {
   std::uint64_t covered = 0;
   for (const Span& span : spans_) {
     if (span.raw == 0 || span.raw > engine_.options_.chunk_size ||
@@ -70,6 +61,21 @@ Job::Job(Engine& engine, std::vector<Extent> extents, std::vector<Span> spans, s
     throw Error(ErrorKind::kInvalid, std::to_string(eager_) + " of " +
                                          std::to_string(spans_.size()) + " chunks cannot be eager");
   }
+  const std::uint64_t eager_end = eager_ < spans_.size() ? chunk_starts_[eager_] : covered;
+  std::uint64_t stream = 0;
+  auto add = [&](const Extent& extent) {
+    extents_.push_back(extent);
+    extent_starts_.push_back(stream);
+    stream += extent.length;
+    if (stream <= eager_end) eager_extents_ = extents_.size();
+    if (devices_.count(extent.device) == 0) devices_[extent.device] = engine_.device(extent.device);
+  };
+  for (const Extent& extent : extents) {
+    // No extent is eager in part.
+    const std::uint64_t first = std::min(extent.length, eager_end - std::min(stream, eager_end));
+    if (first > 0) add({extent.address, first, extent.device});
+    if (first < extent.length) add({extent.address + first, extent.length - first, extent.device});
+  }
   if (covered != stream) {
     throw Error(ErrorKind::kInvalid, "the spans cover " + std::to_string(covered) +
                                          " bytes of a stream of " + std::to_string(stream));
@@ -78,7 +84,11 @@ Job::Job(Engine& engine, std::vector<Extent> extents, std::vector<Span> spans, s
 
 bool Job::capture(const Streams& streams, const Interrupted& interrupted) {
   engine_.check_process();
-  order(streams, &Device::follow);
+  order(devices_, streams, &Device::follow);
+  // Whatever is eager may be changed by what the caller queues next.
+  const bool overlaps = eager_ < spans_.size();
+  const Devices waiting = overlaps ? clone_eager() : devices_;
+  if (overlaps) order(devices_, streams, &Device::gate);
   {
     std::lock_guard<std::mutex> lock(engine_.mutex_);
     copy_limit_ = eager_;
@@ -86,9 +96,7 @@ bool Job::capture(const Streams& streams, const Interrupted& interrupted) {
   engine_.copies_.notify_all();
   const bool completed = copy_until_done(interrupted);
   if (!completed) abort();
-  // Whatever is eager may be changed by what the caller queues next; without a copy in the device's
-  // memory, which would take as much memory there, it must wait for the copies.
-  order(streams, &Device::gate);
+  order(waiting, streams, &Device::gate);
   for (std::size_t chunk = eager_; completed && chunk < spans_.size(); ++chunk)
     samples_.push_back(sample(chunk, nullptr));
   {
@@ -105,14 +113,42 @@ bool Job::capture(const Streams& streams, const Interrupted& interrupted) {
 bool Job::gate(const Streams& streams, const Interrupted& interrupted) {
   engine_.check_process();
   if (!copy_until_done(interrupted)) return false;
-  order(streams, &Device::gate);
+  order(devices_, streams, &Device::gate);
   return true;
 }
 
+// Has devices copy their eager extents to memory of their own. The devices that do not, whose eager
+// extents are read where they are.
+Devices Job::clone_eager() {
+  Devices others;
+  for (const auto& [index, device] : devices_) {
+    std::vector<Source> sources;
+    for (std::size_t i = 0; i < eager_extents_; ++i) {
+      if (extents_[i].device == index) sources.push_back({extents_[i].address, extents_[i].length});
+    }
+    if (sources.empty()) continue;
+    std::optional<std::uint64_t> at;
+    try {
+      at = device->clone(sources);
+    } catch (const Error& error) {
+      std::lock_guard<std::mutex> lock(engine_.mutex_);
+      fail(error);
+    }
+    if (!at) others.insert({index, device});
+    for (std::size_t i = 0; at && i < eager_extents_; ++i) {
+      if (extents_[i].device != index) continue;
+      extents_[i].address = *at;
+      *at += extents_[i].length;
+    }
+  }
+  return others;
+}
+
 // A copy that is in no order may read what another step wrote: the job fails.
-void Job::order(const Streams& streams, void (Device::*order)(StreamHandle)) {
+void Job::order(const Devices& devices, const Streams& streams,
+                void (Device::*order)(StreamHandle)) {
   try {
-    order_streams(devices_, streams, order);
+    order_streams(devices, streams, order);
   } catch (const Error& error) {
     std::lock_guard<std::mutex> lock(engine_.mutex_);
     fail(error);
@@ -181,13 +217,16 @@ void Job::copy_next(Slot slot) {
   const std::size_t chunk = next_copy_++;
   ++copying_;
   lock.unlock();
-  std::optional<InFlight> flight;
+  // Made before the copies: where memory runs out later, they are waited for all the same.
+  std::list<Engine::Landing> landing;
   std::optional<Error> failure;
   try {
     const trace::Scope scope(trace::Phase::kCopy, spans_[chunk].raw);
-    flight.emplace(stage(chunk, std::move(slot)));
-    failure = flight->failure;
-    if (chunk >= eager_ && !(sample(chunk, flight->slot.data()) == samples_[chunk - eager_]))
+    landing.push_back({self_.lock(), chunk, InFlight(std::move(slot))});
+    InFlight& flight = landing.front().flight;
+    stage(chunk, flight);
+    failure = flight.failure;
+    if (chunk >= eager_ && !(sample(chunk, flight.slot.data()) == samples_[chunk - eager_]))
       failure = Error::torn(chunk);
   } catch (const std::exception& caught) {
     failure = to_failure(caught);
@@ -195,13 +234,13 @@ void Job::copy_next(Slot slot) {
   lock.lock();
   --copying_;
   if (failure) fail(*failure);
-  if (flight && !flight->fences.empty()) {
+  if (!landing.empty() && !landing.front().flight.fences.empty()) {
     // Of a failed job, too: its slot may be used again only when the devices are done with it.
     ++landing_;
-    engine_.landing_.push_back({self_.lock(), chunk, std::move(*flight)});
+    engine_.landing_.splice(engine_.landing_.end(), landing);
     engine_.landed_.notify_one();
   } else if (!failure_) {
-    staged_.push_back({chunk, std::move(flight->slot)});
+    staged_.push_back({chunk, std::move(landing.front().flight.slot)});
   }
   lock.unlock();
   engine_.progress_.notify_all();
@@ -210,16 +249,13 @@ void Job::copy_next(Slot slot) {
 
 // Copies the chunk, or has devices copy it; a failure of a device is kept in the result, for others
 // may be copying.
-InFlight Job::stage(std::size_t chunk, Slot slot) const {
+void Job::stage(std::size_t chunk, InFlight& flight) const {
   std::uint64_t position = chunk_starts_[chunk];
   const std::uint64_t end = position + spans_[chunk].raw;
-  std::uint8_t* to = slot.data();
+  std::uint8_t* to = flight.slot.data();
   // The last extent that starts at or before the chunk; those of no length before it do not matter.
   std::size_t i = std::upper_bound(extent_starts_.begin(), extent_starts_.end(), position) -
                   extent_starts_.begin() - 1;
-  InFlight flight{std::move(slot), {}, {}};
-  flight.fences.reserve(devices_.size());
-  std::set<Device*> used;
   try {
     while (position < end) {
       // A stretch of extents on one device.
@@ -235,17 +271,14 @@ InFlight Job::stage(std::size_t chunk, Slot slot) const {
         position += length;
       }
       if (sources.empty()) continue;
-      Device* const device = devices_.at(index).get();
-      used.insert(device);
-      device->read(start, sources);
+      Device& device = *devices_.at(index);
+      flight.enter(device);
+      device.read(start, sources);
     }
-  } catch (const Error& error) {
-    flight.failure = error;
+  } catch (const std::exception& caught) {
+    flight.failure = to_failure(caught);
   }
-  for (Device* device : used) {
-    if (std::unique_ptr<Fence> fence = device->fence()) flight.fences.push_back(std::move(fence));
-  }
-  return flight;
+  flight.mark();
 }
 
 // The first bytes of each host extent in a chunk, and of every kSampled bytes of it: where they
@@ -403,9 +436,13 @@ void Engine::start() {
   }
 }
 
-void Engine::reserve(std::uint64_t bytes, const std::vector<DeviceIndex>& devices) {
+void Engine::reserve(std::uint64_t bytes, const std::vector<DeviceIndex>& devices,
+                     std::uint64_t eager) {
   check_process();
-  for (DeviceIndex index : devices) device(index);
+  for (DeviceIndex index : devices) {
+    const std::shared_ptr<Device> opened = device(index);
+    if (eager <= kMostCloned) opened->reserve_clone(static_cast<std::size_t>(eager));
+  }
   pool_->reserve(static_cast<std::size_t>(bytes / options_.chunk_size + 1));
 }
 
@@ -490,17 +527,18 @@ void Engine::land() {
     }
     lock.lock();
     if (!over && (!last_landing_ || std::chrono::steady_clock::now() < *last_landing_)) continue;
-    std::optional<Landing> landing(std::move(landing_.front()));
-    landing_.pop_front();
-    Job& job = *landing->job;
+    std::list<Landing> landed;
+    landed.splice(landed.end(), landing_, landing_.begin());
+    Landing& landing = landed.front();
+    Job& job = *landing.job;
     --job.landing_;
     if (failure) job.fail(*failure);
-    if (!job.failure_) job.staged_.push_back({landing->chunk, std::move(landing->flight.slot)});
+    if (!job.failure_) job.staged_.push_back({landing.chunk, std::move(landing.flight.slot)});
     lock.unlock();
     progress_.notify_all();
     work_.notify_one();
-    if (!over) abandon(std::move(landing->flight));
-    landing.reset();
+    if (!over) abandon(std::move(landing.flight));
+    landed.clear();
     lock.lock();
   }
 }

@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -80,7 +81,9 @@ class Engine;
 // A device's bytes are read in the order of its streams, and the caller's CPU does not wait for
 // that: the copies are queued behind what `streams` have queued before capture(), and what the
 // caller queues on `streams` after capture() (for eager chunks) or gate() (for all) comes after
-// them. So the caller may queue work that changes a tensor then, but must neither free the tensor,
+// them. Where only a part is eager, that part is first copied within the device, into memory that
+// reserve() has there: then the caller's streams wait for that and not for the bus. So the caller
+// may queue work that changes a tensor then, but must neither free the tensor,
 // nor change it by the CPU or on another stream, before wait_staged(). `streams` names the caller's
 // current stream of every device that an extent is on; a job whose device is not named fails.
 class Job {
@@ -130,9 +133,10 @@ class Job {
   std::optional<Slot> wait_for_slot(const Interrupted& interrupted,
                                     std::chrono::milliseconds patience);
   void copy_next(Slot slot);
-  InFlight stage(std::size_t chunk, Slot slot) const;
+  void stage(std::size_t chunk, InFlight& flight) const;
   Digest sample(std::size_t chunk, const std::uint8_t* copy) const;
-  void order(const Streams& streams, void (Device::*order)(StreamHandle));
+  Devices clone_eager();
+  void order(const Devices& devices, const Streams& streams, void (Device::*order)(StreamHandle));
   // With engine_.mutex_ held:
   bool may_copy() const { return !failure_ && next_copy_ < copy_limit_; }
   bool is_idle() const { return copying_ == 0 && landing_ == 0; }
@@ -143,9 +147,9 @@ class Job {
 
   // Constant after construction.
   Engine& engine_;
-  const std::vector<Extent> extents_;
   const std::vector<Span> spans_;
   const std::size_t eager_;
+  std::size_t eager_extents_ = 0;
   std::vector<std::uint64_t> extent_starts_;  // offsets in the stream
   std::vector<std::uint64_t> chunk_starts_;
   Devices devices_;
@@ -153,6 +157,8 @@ class Job {
   // its own, which aborts a job that Python drops.
   std::weak_ptr<Job> self_;
 
+  // Written by capture() before chunks may be copied: the eager ones may move.
+  std::vector<Extent> extents_;
   // Written by capture() before lazy chunks may be copied.
   std::vector<Digest> samples_;
 
@@ -179,8 +185,10 @@ class Engine {
   ~Engine();
 
   // Has staging memory for `bytes` (bounded by the slots) mapped and touched in the background, and
-  // registered where one of `devices` is a CUDA device. Opens `devices`; throws as open_device.
-  void reserve(std::uint64_t bytes, const std::vector<DeviceIndex>& devices = {});
+  // registered where one of `devices` is a CUDA device. Opens `devices`, and has memory made on
+  // them for clones of `eager` bytes, unless that is too much to keep; throws as open_device.
+  void reserve(std::uint64_t bytes, const std::vector<DeviceIndex>& devices = {},
+               std::uint64_t eager = 0);
   // Blocks until that is done.
   void wait_reserved();
   // Why copies of CUDA devices are slower than need be and block the caller; empty if they are not.
@@ -234,7 +242,7 @@ class Engine {
   std::condition_variable progress_;  // a chunk was staged or written, or a job failed
   std::shared_ptr<Job> active_;
   Choice choice_;
-  std::deque<Landing> landing_;
+  std::list<Landing> landing_;
   bool closing_ = false;
   // When the lander ends, whatever still flies; nothing is added from then on.
   std::optional<std::chrono::steady_clock::time_point> last_landing_;

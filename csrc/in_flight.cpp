@@ -1,6 +1,7 @@
 #include "in_flight.h"
 
 #include <algorithm>
+#include <list>
 #include <mutex>
 #include <thread>
 #include <utility>
@@ -15,6 +16,15 @@ constexpr std::chrono::microseconds kLongestNap{1000};
 
 }  // namespace
 
+void InFlight::enter(Device& device) {
+  if (fences.count(&device) != 0) return;
+  if (std::unique_ptr<Fence> fence = device.fence()) fences.emplace(&device, std::move(fence));
+}
+
+void InFlight::mark() noexcept {
+  for (const auto& [device, fence] : fences) fence->mark();
+}
+
 bool InFlight::wait(std::chrono::milliseconds timeout) {
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
@@ -22,12 +32,12 @@ bool InFlight::wait(std::chrono::milliseconds timeout) {
   while (!fences.empty()) {
     bool over = true;
     try {
-      over = fences.back()->is_complete();
+      over = fences.begin()->second->is_complete();
     } catch (const Error& error) {
       if (!failure) failure = error;
     }
     if (over) {
-      fences.pop_back();
+      fences.erase(fences.begin());
       continue;
     }
     if (Clock::now() - start >= timeout) return false;
@@ -41,7 +51,7 @@ bool InFlight::wait(std::chrono::milliseconds timeout) {
 
 void abandon(InFlight flight) {
   static std::mutex mutex;
-  static auto* const abandoned = new std::vector<InFlight>;
+  static auto* const abandoned = new std::list<InFlight>;
   const std::lock_guard<std::mutex> lock(mutex);
   abandoned->push_back(std::move(flight));
 }

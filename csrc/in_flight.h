@@ -2,9 +2,10 @@
 #pragma once
 
 #include <chrono>
+#include <map>
 #include <memory>
 #include <optional>
-#include <vector>
+#include <utility>
 
 #include "device.h"
 #include "error.h"
@@ -12,12 +13,19 @@
 
 namespace pysnap {
 
-// May die only when wait() has returned true or thrown, or was never needed (no fences).
+// May die only when wait() has returned true or thrown, or was never needed (no fences). Movable;
+// moves do not throw.
 struct InFlight {
+  explicit InFlight(Slot slot_given) : slot(std::move(slot_given)) {}
+
   Slot slot;
-  std::vector<std::unique_ptr<Fence>> fences;
+  std::map<Device*, std::unique_ptr<Fence>> fences;
   std::optional<Error> failure;
 
+  // Before the first copy of `device`: what comes later may throw.
+  void enter(Device& device);
+  // After the last copy.
+  void mark() noexcept;
   // True once every fence is complete, false after `timeout`. Throws the first Error(kDevice) of
   // the fences, once all of them are over.
   bool wait(std::chrono::milliseconds timeout);

@@ -5,10 +5,10 @@
 #include <deque>
 #include <exception>
 #include <functional>
+#include <list>
 #include <map>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <thread>
 
 #include "buffer.h"
@@ -189,11 +189,11 @@ class Uploads {
   // What failed or was interrupted must not leave copies that read memory which is gone.
   ~Uploads() {
     const auto deadline = std::chrono::steady_clock::now() + device_timeout_;
-    while (std::optional<InFlight> flight = oldest()) {
+    for (std::list<InFlight> flight = oldest(); !flight.empty(); flight = oldest()) {
       try {
         const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
             deadline - std::chrono::steady_clock::now());
-        if (!flight->wait(left)) abandon(std::move(*flight));
+        if (!flight.front().wait(left)) abandon(std::move(flight.front()));
       } catch (const Error&) {
         // The failure before it is the one that is told.
       }
@@ -205,42 +205,41 @@ class Uploads {
   // it. Throws Error(kDevice), also for a chunk before this one.
   bool start(const std::uint8_t* raw, std::size_t size, const std::vector<Piece>& pieces,
              const Interrupted& stopped) {
-    bool through_slot = false;
+    std::map<Device*, std::vector<Place>> uploads;
     for (const Piece& piece : pieces) {
+      const Place place{piece.address, piece.offset, piece.length};
       if (piece.index == kHost) {
-        piece.device->write(piece.address, raw + piece.offset, piece.length);
+        piece.device->write(raw, {place});
       } else {
-        through_slot = true;
+        uploads[piece.device].push_back(place);
       }
     }
-    if (!through_slot) return true;
+    if (uploads.empty()) return true;
     std::optional<Slot> slot = wait_for_slot(stopped);
     if (!slot) return false;
     stream_copy(slot->data(), raw, size);
-    InFlight flight{std::move(*slot), {}, {}};
-    std::set<Device*> used;
+    // Made before the copies: where memory runs out later, they are waited for all the same.
+    std::list<InFlight> flight;
+    flight.emplace_back(std::move(*slot));
+    std::exception_ptr failure;
     try {
-      for (const Piece& piece : pieces) {
-        if (piece.index == kHost) continue;
-        used.insert(piece.device);
-        piece.device->write(piece.address, flight.slot.data() + piece.offset, piece.length);
+      for (const auto& [device, places] : uploads) {
+        flight.front().enter(*device);
+        device->write(flight.front().slot.data(), places);
       }
-    } catch (const Error& error) {
-      flight.failure = error;
+    } catch (const std::exception&) {
+      failure = std::current_exception();
     }
-    for (Device* device : used) {
-      if (std::unique_ptr<Fence> fence = device->fence()) flight.fences.push_back(std::move(fence));
-    }
-    const std::optional<Error> failure = flight.failure;
-    keep(std::move(flight));
-    if (failure) throw *failure;
+    flight.front().mark();
+    keep(flight);
+    if (failure) std::rethrow_exception(failure);
     return true;
   }
 
   // Returns when every copy has ended; false if `interrupted`. Throws Error(kDevice).
   bool finish(const Interrupted& interrupted) {
-    while (std::optional<InFlight> flight = oldest()) {
-      if (!wait(*flight, interrupted)) return false;
+    for (std::list<InFlight> flight = oldest(); !flight.empty(); flight = oldest()) {
+      if (!wait(flight, interrupted)) return false;
     }
     return true;
   }
@@ -249,8 +248,8 @@ class Uploads {
   std::optional<Slot> wait_for_slot(const Interrupted& stopped) {
     for (;;) {
       if (std::optional<Slot> slot = pool_->try_acquire()) return slot;
-      if (std::optional<InFlight> flight = oldest()) {
-        if (!wait(*flight, stopped)) return std::nullopt;
+      if (std::list<InFlight> flight = oldest(); !flight.empty()) {
+        if (!wait(flight, stopped)) return std::nullopt;
       } else {
         // Other threads have all of them, or the pool still grows.
         if (std::optional<Slot> slot = pool_->acquire(kPoll)) return slot;
@@ -259,26 +258,26 @@ class Uploads {
     }
   }
 
-  bool wait(InFlight& flight, const Interrupted& stopped) {
-    while (!flight.wait(kPoll)) {
+  bool wait(std::list<InFlight>& flight, const Interrupted& stopped) {
+    while (!flight.front().wait(kPoll)) {
       if (!stopped || !stopped()) continue;
-      keep(std::move(flight));
+      keep(flight);
       return false;
     }
     return true;
   }
 
-  std::optional<InFlight> oldest() {
+  // A list of one, or of none.
+  std::list<InFlight> oldest() {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (in_flight_.empty()) return std::nullopt;
-    std::optional<InFlight> flight(std::move(in_flight_.front()));
-    in_flight_.pop_front();
+    std::list<InFlight> flight;
+    if (!in_flight_.empty()) flight.splice(flight.end(), in_flight_, in_flight_.begin());
     return flight;
   }
 
-  void keep(InFlight flight) {
+  void keep(std::list<InFlight>& flight) {
     std::lock_guard<std::mutex> lock(mutex_);
-    in_flight_.push_back(std::move(flight));
+    in_flight_.splice(in_flight_.end(), flight);
   }
 
   // Constant after construction.
@@ -286,7 +285,7 @@ class Uploads {
   std::shared_ptr<SlotPool> pool_;  // null without targets on devices
 
   std::mutex mutex_;
-  std::deque<InFlight> in_flight_;
+  std::list<InFlight> in_flight_;
 };
 
 std::deque<OpenPack> open_packs(const std::vector<PackFile>& packs) {

@@ -3,10 +3,12 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 
 #include "error.h"
 #include "file.h"
+#include "numa.h"
 #include "thread.h"
 #include "trace.h"
 
@@ -19,6 +21,9 @@ namespace {
 constexpr std::size_t kRegionSize = std::size_t{32} << 20;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
+// The kernel zeroes 2 to 4 GB/s in one thread.
+constexpr unsigned kMostTouchers = 4;
+
 // False where the system has no memory left: to touch it all the same would get the process killed.
 bool touch(std::uint8_t* memory, std::size_t size) {
 #ifdef MADV_POPULATE_WRITE
@@ -28,6 +33,26 @@ bool touch(std::uint8_t* memory, std::size_t size) {
   for (std::size_t i = 0; i < size; i += kPageSize)
     static_cast<volatile std::uint8_t*>(memory)[i] = 0;
   return true;
+}
+
+bool touch_side_by_side(std::uint8_t* memory, std::size_t size, unsigned threads) {
+  const std::size_t part = round_up(size / threads + 1, kHugePage);
+  std::atomic<bool> touched{true};
+  auto touch_part = [&](std::size_t start) {
+    if (!touch(memory + start, std::min(part, size - start))) touched = false;
+  };
+  std::vector<std::thread> helpers;
+  std::size_t start = part;
+  try {
+    for (; start < size; start += part)
+      helpers.push_back(start_thread("pysnap-touch", [&touch_part, start] { touch_part(start); }));
+  } catch (const std::exception&) {
+    // The rest is touched here.
+  }
+  touch_part(0);
+  for (; start < size; start += part) touch_part(start);
+  for (std::thread& helper : helpers) helper.join();
+  return touched;
 }
 
 }  // namespace
@@ -41,8 +66,11 @@ void SlotPool::Unmap::operator()(std::uint8_t* memory) const {
   ::munmap(memory, size);
 }
 
-std::shared_ptr<SlotPool> SlotPool::create(std::size_t slot_size, std::size_t max_slots) {
-  std::shared_ptr<SlotPool> pool(new SlotPool(slot_size, max_slots));
+std::shared_ptr<SlotPool> SlotPool::create(std::size_t slot_size, std::size_t max_slots,
+                                           unsigned touchers) {
+  // Half of the processors at most: the program is at work.
+  if (touchers == 0) touchers = std::clamp(available_processors() / 2, 1U, kMostTouchers);
+  std::shared_ptr<SlotPool> pool(new SlotPool(slot_size, max_slots, touchers));
   // The raw pointer is safe: stop() joins the thread before the pool dies.
   pool->grower_ = start_thread("pysnap-grow", [raw = pool.get()] { raw->grow(); });
   return pool;
@@ -138,6 +166,20 @@ void SlotPool::end_pinning(std::string refusal) {
   }
 }
 
+// Null where the system has no memory left. `device` may be null.
+SlotPool::Region SlotPool::map_region(std::size_t size, const Device* device) const {
+  void* mapped = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return Region(nullptr, Unmap{size, nullptr});
+  Region region(static_cast<std::uint8_t*>(mapped), Unmap{size, nullptr});
+  if (size >= kHugePage) ::madvise(mapped, size, MADV_HUGEPAGE);
+  ::madvise(mapped, size, MADV_DONTFORK);
+  if (device != nullptr) {
+    if (const std::optional<int> node = device->numa_node()) prefer_numa_node(mapped, size, *node);
+  }
+  if (!touch_side_by_side(region.get(), size, touchers_)) region.reset();
+  return region;
+}
+
 void SlotPool::grow() {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
@@ -159,16 +201,8 @@ void SlotPool::grow() {
     const std::size_t size = slots * slot_size_;
     lock.unlock();
     const trace::Scope scope(trace::Phase::kMap, size);
-    void* mapped =
-        ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    Region region(mapped == MAP_FAILED ? nullptr : static_cast<std::uint8_t*>(mapped),
-                  Unmap{size, nullptr});
+    Region region = map_region(size, device.get());
     std::string refusal;
-    if (region != nullptr) {
-      if (size >= kHugePage) ::madvise(mapped, size, MADV_HUGEPAGE);
-      ::madvise(mapped, size, MADV_DONTFORK);
-      if (!touch(region.get(), size)) region.reset();
-    }
     if (region != nullptr && device != nullptr) refusal = pin_region(region, device);
     lock.lock();
     if (region == nullptr) {

@@ -40,10 +40,12 @@ class Slot {
 
 // Bounded: never more than `max_slots`. Memory is mapped and touched by a thread of the pool, ahead
 // of need (reserve) or on demand (acquire), and is given back when the pool dies. It is not
-// inherited by forked children. Thread safe.
+// inherited by forked children. Huge pages where the system gives them. Thread safe.
 class SlotPool : public std::enable_shared_from_this<SlotPool> {
  public:
-  static std::shared_ptr<SlotPool> create(std::size_t slot_size, std::size_t max_slots);
+  // `touchers` threads touch side by side; 0: as many as suit the machine.
+  static std::shared_ptr<SlotPool> create(std::size_t slot_size, std::size_t max_slots,
+                                          unsigned touchers = 0);
   ~SlotPool();
 
   std::size_t slot_size() const { return slot_size_; }
@@ -52,7 +54,8 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   // Asks for `slots` to be ready (at most max_slots). Does not wait.
   void reserve(std::size_t slots);
   // Has the memory, that of now and of later, registered with `device` by the growing thread. What
-  // is mapped from now on is ready only then; slots that exist already are usable meanwhile. The
+  // is mapped from now on is ready only then, and is near the device; slots that exist already are
+  // usable meanwhile. The
   // first device counts, as memory that is registered with one is so for all. Does not wait.
   void pin(std::shared_ptr<Device> device);
   // Why memory that pin() asked for is pageable: copies between it and a device block and are
@@ -78,8 +81,9 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   };
   using Region = std::unique_ptr<std::uint8_t, Unmap>;
 
-  SlotPool(std::size_t slot_size, std::size_t max_slots)
-      : slot_size_(slot_size), max_slots_(max_slots) {}
+  SlotPool(std::size_t slot_size, std::size_t max_slots, unsigned touchers)
+      : slot_size_(slot_size), max_slots_(max_slots), touchers_(touchers) {}
+  Region map_region(std::size_t size, const Device* device) const;
   void grow();
   void ask(std::size_t slots);
   std::string pin_region(Region& region, const std::shared_ptr<Device>& device) const;
@@ -93,6 +97,7 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   // Constant after construction.
   const std::size_t slot_size_;
   const std::size_t max_slots_;
+  const unsigned touchers_;
   std::thread grower_;
 
   std::mutex mutex_;

@@ -62,9 +62,10 @@ class Engine:
         """Without `zstd` every chunk is stored raw; `adaptive`: those that are written sooner
         so. `disk_seconds`: how long `capture` and `gate` wait for a disk that takes nothing."""
 
-    def reserve(self, size: int, devices: Sequence[int] = ...) -> None:
+    def reserve(self, size: int, devices: Sequence[int] = ..., eager: int = 0) -> None:
         """Have staging memory made ready in the background, pinned where `devices` has a CUDA
-        device. Raises where a device cannot be used."""
+        device; on these, memory for a copy of `eager` bytes that cannot wait, unless that is too
+        much. Raises where a device cannot be used."""
 
     def wait_reserved(self) -> None: ...
     def why_pageable(self) -> str | None:

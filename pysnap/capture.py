@@ -23,6 +23,7 @@ import torch
 
 from pysnap import _engine, trace, tree
 from pysnap.config import Config
+from pysnap.devices import is_capturing
 from pysnap.errors import Error, StateError, StorageError, TornError
 from pysnap.estimating import Growth
 from pysnap.gate import Gate
@@ -46,11 +47,13 @@ _INDEX_BYTES = 256
 @dataclass(frozen=True)
 class Size:
     """What a snapshot needs, in bytes: of its tensors; at most of the disk, with its manifest and
-    uncompressed; of host memory, for staging, if it comes to that."""
+    uncompressed; of host memory, for staging, if it comes to that; of its tensors, those that are
+    copied before a step ends although others are not."""
 
     stream: int
     disk: int
     staging: int
+    eager: int = 0
     devices: frozenset[int] = frozenset()
 
 
@@ -96,16 +99,20 @@ class Stager:
         tensors = len(plan.records) + growth.tensors
         tree_size = len(json.dumps(planned.tree, ensure_ascii=False).encode())
         index = tree_size + _INDEX_BYTES * (chunks + tensors)
+        eager = int(plan.spans["raw"][: plan.eager].sum()) if plan.eager < len(plan.spans) else 0
         return Size(
             stream=stream,
             disk=stream + _PAGE * chunks + index,
             staging=min(stream, self._bound),
+            eager=eager,
             devices=plan.devices - {HOST},
         )
 
     def reserve(self, size: Size) -> None:
-        """Have staging memory made ready in the background, as far as the bound allows."""
-        self._engine.reserve(size.stream, devices=sorted(size.devices))
+        """Have staging memory made ready in the background, as far as the bound allows; on devices,
+        memory for what cannot wait for the gate where other bytes can."""
+        devices = sorted(size.devices)
+        self._engine.reserve(size.stream, devices=devices, eager=size.eager)
 
     def wait_reserved(self) -> None:
         """Block until that memory is ready."""
@@ -306,6 +313,9 @@ class Capture:
         waits, and a failure is told, as by `copy`."""
         if not self._guard.settled():
             self._job.gate(current_streams(self._devices))
+            if is_capturing():
+                # What is captured runs later, when nobody asks.
+                self._job.wait_staged()
             self._guard.look()
             self._tell_given_up()
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from pysnap.devices import is_capturing
+
 _log = logging.getLogger("pysnap")
 
 
@@ -22,8 +24,10 @@ class Gate:
             part for part in parts if isinstance(part, torch.optim.Optimizer) and _calls_hooks(part)
         ]
 
-        def hook(*_: object) -> None:
+        def hook(optimizer: torch.optim.Optimizer, *_: object) -> None:
             wait()
+            if is_capturing():
+                self._leave(optimizer)
 
         self._hooks = [optimizer.register_step_pre_hook(hook) for optimizer in self._optimizers]
 
@@ -58,7 +62,14 @@ class Gate:
     def _watched(self) -> list[torch.optim.Optimizer]:
         # Only there it can be found out whether one changed too early (see capture._Guard).
         is_main = threading.current_thread() is threading.main_thread()
-        return self._optimizers if is_main else []
+        if not is_main:
+            return []
+        return [optimizer for optimizer in self._optimizers if not _is_capturable(optimizer)]
+
+    def _leave(self, optimizer: torch.optim.Optimizer) -> None:
+        """Its step is in a CUDA graph, which calls no hooks and counts no changes."""
+        _log.info("a step is captured in a CUDA graph: what it changes is copied at once")
+        self._optimizers = [other for other in self._optimizers if other is not optimizer]
 
     def give_up(self) -> None:
         """Something else changes them, too: they are copied at once from now on."""
@@ -71,6 +82,11 @@ class Gate:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._optimizers = [], []
+
+
+def _is_capturable(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step is made for a CUDA graph, which may have been captured before we knew it."""
+    return any(group.get("capturable") for group in optimizer.param_groups)
 
 
 def _calls_hooks(optimizer: torch.optim.Optimizer) -> bool:

@@ -33,14 +33,14 @@ _CONTROLS: dict[str, tuple[int, Any, tuple[Any, ...]]] = {
     "fill": (6, None, (_INT, _POINTER, _U64, ctypes.c_uint8, _SIZE)),
     "set_late": (7, None, (_INT,)),
     "finish": (10, None, ()),
-    "pageable_copies": (15, ctypes.c_uint, ()),
-    "violation": (17, ctypes.c_char_p, ()),
+    "pageable_copies": (16, ctypes.c_uint, ()),
+    "violation": (18, ctypes.c_char_p, ()),
 }
 
 
 def controls() -> dict[str, Any]:
     library = ctypes.CDLL("libcuda.so.1")
-    library.fake_cuda.restype = ctypes.POINTER(_POINTER * 19)
+    library.fake_cuda.restype = ctypes.POINTER(_POINTER * 20)
     table = library.fake_cuda().contents
     return {
         name: ctypes.CFUNCTYPE(result, *arguments)(table[index])

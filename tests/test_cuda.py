@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,166 @@ def test_a_snapshot_is_put_back_on_any_device(tmp_path: Path, before: str, after
         snapshotter.resume()
     assert_same(values(net, optimizer), expected)
     assert [parameter.data_ptr() for parameter in net.parameters()] == addresses
+
+
+def snapshots_of(
+    folder: Path, steps: int, parts: dict[str, Any], step: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """Takes one at every step; the state at each of their moments. Checks them."""
+    expected = []
+    with pysnap.Snapshotter(folder, every=1, keep=pysnap.Keep(last=None), **parts) as snapshotter:
+        for _ in range(steps):
+            with snapshotter.step():
+                step()
+            expected.append(values(parts["model"], parts["optimizer"]))
+    paths = sorted(folder.glob("step-*"))
+    assert len(paths) > 1
+    for path in paths:
+        assert_same(stored(path), expected[int(path.name.removeprefix("step-")) - 1])
+    return expected
+
+
+@pytest.mark.cuda
+def test_a_scaler_that_skips_a_step_and_accumulated_gradients(tmp_path: Path) -> None:
+    net, optimizer = program("cuda")
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**120, growth_interval=2)
+    train(net, optimizer)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(2):
+            with torch.autocast("cuda", dtype=torch.float16):
+                loss = net(torch.randn(64, 512, device="cuda")).square().mean()
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    snapshots_of(tmp_path, 12, {"model": net, "optimizer": optimizer, "scaler": scaler}, step)
+    scale = scaler.get_scale()
+    assert scale < 2.0**120  # steps were skipped
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 1.0})
+    with pysnap.Snapshotter(tmp_path, model=net, optimizer=optimizer, scaler=scaler) as snapshotter:
+        snapshotter.resume()
+    assert scaler.get_scale() == scale
+
+
+@pytest.mark.cuda
+def test_a_second_optimizer_that_steps_at_other_times(tmp_path: Path) -> None:
+    net, optimizer = program("cuda")
+    other = torch.nn.Linear(512, 512, device="cuda")
+    second = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        train(net, optimizer)
+        if count % 3 == 0:
+            train(other, second)
+        count += 1
+
+    parts = {"model": net, "optimizer": optimizer, "other": other, "second": second}
+    snapshots_of(tmp_path, 9, parts, step)
+    assert torch.equal(pysnap.load(tmp_path)["other"]["weight"], other.state_dict()["weight"].cpu())
+
+
+@pytest.mark.cuda
+def test_a_compiled_step(tmp_path: Path) -> None:
+    net, optimizer = program("cuda")
+    compiled = torch.compile(net, backend="eager")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        compiled(torch.randn(64, 512, device="cuda")).square().mean().backward()
+        optimizer.step()
+
+    step()
+    snapshots_of(tmp_path, 6, {"model": net, "optimizer": optimizer}, step)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("captured", ["before", "beside snapshots"])
+def test_a_step_that_is_replayed_as_a_graph(tmp_path: Path, captured: str) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.Linear(512, 8)).cuda()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, capturable=True)
+    batch = torch.randn(64, 512, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+
+    def plain() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        net(batch).square().mean().backward()
+        optimizer.step()
+
+    def capture() -> None:
+        with torch.cuda.graph(graph):
+            plain()
+
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own gap
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            plain()
+    torch.cuda.current_stream().wait_stream(side)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        if captured == "beside snapshots" and done == 3:
+            capture()
+        if captured == "before" or done >= 3:
+            graph.replay()
+        else:
+            plain()
+        done += 1
+
+    if captured == "before":
+        capture()
+    snapshots_of(tmp_path, 9, {"model": net, "optimizer": optimizer}, step)
+
+
+@pytest.mark.cuda
+def test_thousands_of_tiny_tensors(tmp_path: Path) -> None:
+    tensors = [torch.full((), float(i), device="cuda") for i in range(5000)]
+    with pysnap.Snapshotter(tmp_path, state=tensors) as snapshotter:
+        snapshotter.save().wait()
+        for tensor in tensors:
+            tensor.zero_()
+        snapshotter.resume()
+    assert torch.stack(tensors).tolist() == [float(i) for i in range(5000)]
+
+
+@pytest.mark.cuda
+def test_tensors_of_two_devices_come_back_where_they_were(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    before = {"a": torch.randn(10_000, device="cuda:0"), "b": torch.randn(10_000, device="cuda:1")}
+    with pysnap.Snapshotter(tmp_path, state=before) as snapshotter:
+        snapshotter.save().wait()
+    # The other way round, too.
+    after = {"a": torch.zeros(10_000, device="cuda:1"), "b": torch.zeros(10_000, device="cuda:0")}
+    with pysnap.Snapshotter(tmp_path, state=after) as snapshotter:
+        snapshotter.resume()
+    for name, tensor in after.items():
+        assert torch.equal(tensor.cpu(), before[name].cpu())
+
+
+@pytest.mark.cuda
+def test_random_numbers_of_a_device_go_on(tmp_path: Path) -> None:
+    torch.rand(10, device="cuda")
+    with pysnap.Snapshotter(tmp_path, state={}) as snapshotter:
+        snapshotter.save().wait()
+        expected = torch.rand(10, device="cuda")
+        torch.rand(1000, device="cuda")
+        snapshotter.resume()
+        assert torch.equal(torch.rand(10, device="cuda"), expected)
+
+
+@pytest.mark.cuda
+def test_the_demo_is_exact_on_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pysnap", "demo", "--quick", "--steps=20", "--every=3 steps"]
+    subprocess.run(
+        [*command, "--device=cuda", f"--out={tmp_path / 'out'}"], check=True, timeout=120
+    )
 
 
 def test_the_engine_knows_the_places_of_tensors() -> None:

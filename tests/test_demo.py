@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import random
 import signal
 import subprocess
@@ -268,6 +269,23 @@ def test_the_child_does_not_inherit_a_cadence(monkeypatch: pytest.MonkeyPatch) -
     environment = run.child_environment()
     assert "PYSNAP_EVERY" not in environment
     assert environment["PYSNAP_OTHER"] == "kept"
+
+
+def test_the_child_sees_a_gpu_only_where_it_trains_on_one() -> None:
+    assert run.child_environment()["CUDA_VISIBLE_DEVICES"] == ""
+    on_gpu = run.child_environment("cuda:1")
+    assert on_gpu.get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
+    assert on_gpu["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_a_device_that_cannot_be_used_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--device=cuda:99", "--quick"]) == 2
+    assert "--device is 'cuda:99', which cannot be used: " in capsys.readouterr().err
+    assert make_plan_device("--device=cuda:1") == "cuda:1"
+
+
+def make_plan_device(*argv: str) -> str:
+    return run.make_plan(run.parse_arguments(list(argv))).device
 
 
 # The folder

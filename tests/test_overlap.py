@@ -457,6 +457,41 @@ def test_an_optimizer_without_hooks_is_copied_at_once(tmp_path: Path) -> None:
     assert_same(stored(tmp_path / "run"), expected)
 
 
+def test_a_step_that_is_captured_in_a_graph_is_waited_for_and_copied_at_once_from_then_on(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What tells here that a graph is captured is ours: the machine may have no GPU. Replays call no
+    # hooks and count no changes, as the changes through `data` here.
+    program = Program(tmp_path, every=1, keep=pysnap.Keep(last=None))
+    expected = [take(program, disk)]
+    newest = program.snapshotter._committer.newest
+    assert newest is not None
+    releases_at_the_gate(program, disk)
+    monkeypatch.setattr("pysnap.gate.is_capturing", lambda: True)
+    monkeypatch.setattr("pysnap.capture.is_capturing", lambda: True)
+    program.train()
+    assert newest.wait_staged(0)
+    monkeypatch.undo()
+    newest.wait()
+    with program.snapshotter.step():
+        program.train()
+    expected.append(program.state())
+    for parameter in program.net.parameters():
+        parameter.data.fill_(7)
+    program.snapshotter.close()
+    for path, state in zip(sorted(tmp_path.glob("step-*")), expected, strict=True):
+        assert_same(stored(path), state)
+
+
+def test_an_optimizer_that_is_made_for_graphs_is_copied_at_once(tmp_path: Path) -> None:
+    program = Program(tmp_path, every=1)
+    program.optimizer.param_groups[0]["foreach"] = False
+    assert program.snapshotter._gate.addresses()
+    program.optimizer.param_groups[0]["capturable"] = True
+    assert not program.snapshotter._gate.addresses()
+    program.snapshotter.close()
+
+
 def test_any_state_of_an_optimizer_is_looked_through(tmp_path: Path) -> None:
     program = Program(tmp_path, every=1)
     program.optimizer.state["own"] = 1

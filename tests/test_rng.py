@@ -52,3 +52,14 @@ def test_a_damaged_state_is_refused() -> None:
     del state["python"]["words"]
     with pytest.raises(CorruptError, match="random states"):
         rng.restore(state)
+
+
+def test_states_of_devices_that_are_gone_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    present = torch.cuda.device_count()
+    state = rng.capture()
+    gone = state["torch"]
+    state["cuda"] = [*state["cuda"], *[gone] * (present + 2 - len(state["cuda"]))]
+    expected = draws()
+    rng.restore(state)
+    assert draws() == expected
+    assert f"random state of cuda:{present}, cuda:{present + 1}, which" in caplog.text

@@ -53,6 +53,7 @@ class Plan:
     layers: int
     width: int
     batch_size: int = 4
+    device: str = "cpu"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -67,6 +68,7 @@ class Plan:
             f"--layers={self.layers}",
             f"--width={self.width}",
             f"--every={self.every}",
+            f"--device={self.device}",
         ]
 
 
@@ -154,7 +156,12 @@ class LogReader:
 
 
 def run_attempt(
-    command: Sequence[str], *, folder: Path, name: str, on_change: Callable[[Attempt], None]
+    command: Sequence[str],
+    *,
+    folder: Path,
+    name: str,
+    on_change: Callable[[Attempt], None],
+    device: str = "cpu",
 ) -> tuple[Attempt, int]:
     """Runs one process to its end while following its log, `folder/name.jsonl`.
 
@@ -169,7 +176,7 @@ def run_attempt(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=child_environment(),
+            env=child_environment(device),
         )
     try:
         running = True
@@ -188,7 +195,7 @@ def run_attempt(
     return attempt, process.returncode
 
 
-def child_environment() -> dict[str, str]:
+def child_environment(device: str = "cpu") -> dict[str, str]:
     """This process's environment, less what would change the arithmetic or the cadence."""
     environment = {key: value for key, value in os.environ.items() if key != "PYSNAP_EVERY"}
     threads = str(THREADS)
@@ -196,8 +203,11 @@ def child_environment() -> dict[str, str]:
     # A math library that picks its number of threads by load would change the order of its sums.
     environment |= {"OMP_DYNAMIC": "FALSE", "MKL_DYNAMIC": "FALSE"}
     # A thread that spins at a barrier keeps its partner off the core when another process is busy.
-    environment |= {"GOMP_SPINCOUNT": "1000", "CUDA_VISIBLE_DEVICES": ""}
-    return environment
+    environment |= {"GOMP_SPINCOUNT": "1000"}
+    if device == "cpu":
+        return environment | {"CUDA_VISIBLE_DEVICES": ""}
+    # torch refuses cuBLAS without it where results must be deterministic.
+    return environment | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 def check_status(status: int, expected: int, *, what: str, output: Path) -> None:
@@ -354,7 +364,9 @@ def tell_story(
 
         command = [sys.executable, "-m", "pysnap.demo.train", f"--dir={out / folder}"]
         command += [f"--attempt={name}", *plan.arguments(), *options]
-        result, status = run_attempt(command, folder=out / folder, name=name, on_change=show)
+        result, status = run_attempt(
+            command, folder=out / folder, name=name, on_change=show, device=plan.device
+        )
         check_status(status, expected, what=name, output=out / folder / f"{name}.txt")
         progress.stop_task(task)
         return result
@@ -576,6 +588,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--every", help=f"cadence of the snapshots (default {FULL.every!r})")
     parser.add_argument("--seed", type=int, help="chooses the step of the kill (default: random)")
     parser.add_argument("--out", type=Path, default=Path("pysnap-demo"), help="folder to write to")
+    parser.add_argument("--device", default="cpu", help="what trains: cpu (default), cuda, cuda:1")
     options = parser.parse_args(argv)
     if options.steps is not None and options.steps < MIN_STEPS:
         parser.error(f"--steps is {options.steps}, but must be at least {MIN_STEPS}")
@@ -591,7 +604,20 @@ def make_plan(options: argparse.Namespace) -> Plan:
         every=options.every or base.every,
         layers=base.layers,
         width=base.width,
+        device=options.device,
     )
+
+
+def device_refusal(name: str) -> str | None:
+    """Why the demo cannot train on the device of this name; None where it can."""
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"--device is {name!r}, which cannot be used: {first}"
+    return None
 
 
 def main(argv: list[str]) -> int:
@@ -602,6 +628,9 @@ def main(argv: list[str]) -> int:
         print(
             f"The demo needs {' and '.join(missing)}: pip install 'pysnap[demo]'", file=sys.stderr
         )
+        return 2
+    if options.device != "cpu" and (why := device_refusal(options.device)) is not None:
+        print(why, file=sys.stderr)
         return 2
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

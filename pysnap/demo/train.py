@@ -87,11 +87,15 @@ def rng_digests() -> dict[str, str]:
     state = np.random.get_state(legacy=False)
     numbers = (state["state"]["pos"], state["has_gauss"], float(state["gauss"]).hex())
     numpy_state = state["state"]["key"].tobytes() + repr(numbers).encode()
-    return {
+    digests = {
         "python": hashlib.sha256(repr(random.getstate()).encode()).hexdigest(),
         "numpy": hashlib.sha256(numpy_state).hexdigest(),
         "torch": tensor_digest(torch.get_rng_state()),
     }
+    if torch.cuda.is_available():
+        for index, device_state in enumerate(torch.cuda.get_rng_state_all()):
+            digests[f"cuda:{index}"] = tensor_digest(device_state)
+    return digests
 
 
 def make_deterministic(seed: int) -> None:
@@ -101,6 +105,10 @@ def make_deterministic(seed: int) -> None:
     torch.manual_seed(seed)
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
+    # On a GPU, the plain attention is deterministic; the faster ones say so or not by version.
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
@@ -144,7 +152,8 @@ def train_step(
     batch: Tensor,
 ) -> float:
     """One update from `batch` `(windows, context + 1)`; returns the loss before it."""
-    loss = model.loss(corrupt(batch[:, :-1]), batch[:, 1:])
+    device = next(model.parameters()).device
+    loss = model.loss(corrupt(batch[:, :-1]).to(device), batch[:, 1:].to(device))
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -162,7 +171,8 @@ def train(options: argparse.Namespace) -> None:
     windows = Windows(
         text, count=options.batch_size * options.steps_per_epoch, length=shape.context + 1
     )
-    model = GPT(shape)
+    # Drawn on the CPU, so that the same weights begin on every device.
+    model = GPT(shape).to(options.device)
     optimizer = make_optimizer(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, warmup_cosine(options.epochs * options.steps_per_epoch)
@@ -255,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--every", default="20 steps", help="cadence of the snapshots")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kill-at", type=int, default=None, help="SIGKILL itself after this step")
     train(parser.parse_args(argv))

@@ -2,6 +2,7 @@
 
 #include "cuda_device.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -47,16 +48,38 @@ class Slots {
   std::shared_ptr<SlotPool> pool_;
 };
 
-// The sources of a state that has all its tensors on one device, as a slot has them.
-Bytes read_all(Device& device, const DeviceState& state, Slot slot) {
+std::vector<Source> sources_of(const DeviceState& state) {
   std::vector<Source> sources;
   for (const pysnap::Extent& extent : state.extents())
     sources.push_back({extent.address, extent.length});
-  device.read(slot.data(), sources);
-  InFlight flight{std::move(slot), {}, {}};
-  flight.fences.push_back(device.fence());
+  return sources;
+}
+
+// The sources of a state that has all its tensors on one device, as a slot has them.
+Bytes read_all(Device& device, const DeviceState& state, Slot slot) {
+  InFlight flight(std::move(slot));
+  flight.enter(device);
+  device.read(flight.slot.data(), sources_of(state));
+  flight.mark();
   CHECK(flight.wait(kForever));
   return Bytes(flight.slot.data(), flight.slot.data() + state.stream().size());
+}
+
+// What the tensors have when the stream of the state was written to them.
+Bytes write_all(Device& device, const DeviceState& state, Slot slot) {
+  std::copy(state.stream().begin(), state.stream().end(), slot.data());
+  std::vector<pysnap::Place> places;
+  std::size_t offset = 0;
+  for (const pysnap::Extent& extent : state.extents()) {
+    places.push_back({extent.address, offset, extent.length});
+    offset += extent.length;
+  }
+  InFlight flight(std::move(slot));
+  flight.enter(device);
+  device.write(flight.slot.data(), places);
+  flight.mark();
+  CHECK(flight.wait(kForever));
+  return state.now();
 }
 
 }  // namespace
@@ -68,8 +91,24 @@ TEST(tiny_sources_cross_together) {
   const DeviceState state(std::vector<std::size_t>(5000, 4), {0});
   fake().set_late(FakeCuda::kCopies);
   CHECK(read_all(*device, state, slots.take()) == state.stream());
-  CHECK_EQ(fake().calls("cuMemcpyDtoDAsync_v2"), 5000);
+  // One launch when the device is opened, and one for each 170 sources.
+  CHECK_EQ(fake().calls("cuLaunchKernel"), 1 + 30);
+  CHECK_EQ(fake().calls("cuMemcpyDtoDAsync_v2"), 0);
   CHECK_EQ(fake().calls("cuMemcpyDtoHAsync_v2"), 1);
+}
+
+TEST(without_the_kernel_copies_of_the_driver_gather) {
+  for (const char* refused : {"cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"}) {
+    const HealthyDriver driver;
+    fake().fail_call(refused, 1, 218);
+    const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+    Slots slots(device, 64 * 1024, 1);
+    const DeviceState state(std::vector<std::size_t>(500, 4), {0});
+    fake().set_late(FakeCuda::kCopies);
+    CHECK(read_all(*device, state, slots.take()) == state.stream());
+    CHECK_EQ(fake().calls("cuMemcpyDtoDAsync_v2"), 500);
+    CHECK_EQ(fake().calls("cuMemcpyDtoHAsync_v2"), 1);
+  }
 }
 
 TEST(long_sources_cross_alone) {
@@ -78,7 +117,7 @@ TEST(long_sources_cross_alone) {
   Slots slots(device, 8 * kMiB, 1);
   const DeviceState state({kMiB, 2 * kMiB, 5, kMiB, 7, 9}, {1});
   CHECK(read_all(*device, state, slots.take()) == state.stream());
-  CHECK_EQ(fake().calls("cuMemcpyDtoDAsync_v2"), 2);
+  CHECK_EQ(fake().calls("cuLaunchKernel"), 1 + 1);
   CHECK_EQ(fake().calls("cuMemcpyDtoHAsync_v2"), 5);
 }
 
@@ -99,7 +138,122 @@ TEST(without_scratch_memory_nothing_is_gathered) {
   Slots slots(device, 64 * 1024, 1);
   const DeviceState state(std::vector<std::size_t>(100, 4), {0});
   CHECK(read_all(*device, state, slots.take()) == state.stream());
-  CHECK_EQ(fake().calls("cuMemcpyDtoDAsync_v2"), 0);
+  CHECK_EQ(fake().calls("cuLaunchKernel"), 1);
+  CHECK_EQ(fake().calls("cuMemcpyDtoHAsync_v2"), 100);
+}
+
+TEST(tiny_places_are_written_together) {
+  for (const bool refused : {false, true}) {
+    const HealthyDriver driver;
+    if (refused) fake().fail_call("cuModuleLoadData", 1, 218);
+    const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+    Slots slots(device, 8 * kMiB, 1);
+    std::vector<std::size_t> sizes(1000, 4);
+    sizes.insert(sizes.end(), {2 * kMiB, 7, 5 * kMiB / 2, 9});
+    sizes.insert(sizes.end(), 1000, 12);
+    DeviceState state(sizes, {0});
+    const Bytes expected = state.stream();
+    state.fill(0xDD);
+    fake().finish();
+    fake().set_late(FakeCuda::kCopies);
+    CHECK(write_all(*device, state, slots.take()) == expected);
+    CHECK_EQ(fake().calls("cuMemcpyHtoDAsync_v2"), refused ? 2004 : 5);
+  }
+}
+
+// What is read back must not come before what is written: both use the scratch memory.
+TEST(places_in_any_order_and_with_gaps_are_written) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+  Slots slots(device, 64 * 1024, 1);
+  const DeviceState state({100, 100, 100, 100}, {0});
+  Slot slot = slots.take();
+  for (std::size_t i = 0; i < 1000; ++i) slot.data()[i] = static_cast<std::uint8_t>(i % 251);
+  const std::vector<std::size_t> offsets{0, 300, 200, 250};
+  std::vector<pysnap::Place> places;
+  for (std::size_t i = 0; i < 4; ++i)
+    places.push_back({state.extents()[i].address, offsets[i], 100});
+  InFlight flight(std::move(slot));
+  flight.enter(*device);
+  fake().set_late(FakeCuda::kCopies);
+  device->write(flight.slot.data(), places);
+  flight.mark();
+  CHECK(flight.wait(kForever));
+  Bytes expected;
+  for (const std::size_t offset : offsets)
+    expected.insert(expected.end(), flight.slot.data() + offset, flight.slot.data() + offset + 100);
+  CHECK(state.now() == expected);
+}
+
+TEST(a_clone_stays_as_it_is) {
+  for (const bool refused : {false, true}) {
+    const HealthyDriver driver;
+    if (refused) fake().fail_call("cuModuleLoadData", 1, 218);
+    const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+    Slots slots(device, 4 * kMiB, 1);
+    std::vector<std::size_t> sizes(300, 5);
+    sizes.push_back(3 * kMiB / 2);
+    DeviceState state(sizes, {0});
+    device->reserve_clone(1);
+    device->reserve_clone(64 * kMiB);  // the first size counts
+    const std::vector<Source> sources = sources_of(state);
+    const std::optional<std::uint64_t> at = device->clone(sources);
+    CHECK(at.has_value());
+    device->gate(state.streams().front().second);
+    state.fill(0xDD);
+    InFlight flight(slots.take());
+    flight.enter(*device);
+    device->read(flight.slot.data(), {{*at, state.stream().size()}});
+    flight.mark();
+    CHECK(flight.wait(kForever));
+    CHECK(Bytes(flight.slot.data(), flight.slot.data() + state.stream().size()) == state.stream());
+    CHECK(!device->clone({sources.back(), sources.back()}));
+    CHECK_EQ(fake().calls("cuMemAlloc_v2"), 2);
+  }
+}
+
+TEST(without_memory_for_it_nothing_is_cloned) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+  const DeviceState state({100}, {0});
+  CHECK(!device->clone(sources_of(state)));
+  fake().fail_call("cuMemAlloc_v2", 1, 2);
+  device->reserve_clone(100);
+  CHECK(!device->clone(sources_of(state)));
+}
+
+// Else a slot would be reused while it is copied to.
+TEST(a_context_that_cannot_be_entered_says_nothing_of_its_copies) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+  Slots slots(device, 64 * 1024, 1);
+  const DeviceState state({1000}, {0});
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold(-1);
+  InFlight flight(slots.take());
+  flight.enter(*device);
+  device->read(flight.slot.data(), sources_of(state));
+  flight.mark();
+  fake().fail_call("cuCtxPushCurrent_v2", 1, 2);
+  CHECK(!flight.wait(std::chrono::milliseconds(0)));
+  fake().release();
+  CHECK(flight.wait(kForever));
+}
+
+TEST(a_context_that_is_gone_copies_nothing_more) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+  Slots slots(device, 64 * 1024, 1);
+  const DeviceState state({1000}, {0});
+  for (const int gone : {4, 201, 709}) {
+    InFlight flight(slots.take());
+    flight.enter(*device);
+    device->read(flight.slot.data(), sources_of(state));
+    flight.mark();
+    fake().finish();
+    fake().fail_call("cuCtxPushCurrent_v2", 1, gone);
+    CHECK_EQ(fixture::thrown_by([&] { flight.wait(kForever); }), "device");
+  }
 }
 
 // They share the scratch memory.

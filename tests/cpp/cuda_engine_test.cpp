@@ -109,6 +109,7 @@ TEST(what_is_restored_is_what_was_captured) {
           options.copy_threads = 1 + pack % 3;
           const std::shared_ptr<Engine> engine = Engine::create(options);
           DeviceState state(mixed_sizes(), devices, pack % 2 == 0);
+          if (pack % 4 < 2) engine->reserve(1, {0, 1}, state.stream().size());
           const std::shared_ptr<Job> job = begin(*engine, state, eager);
           const std::string path = directory / std::to_string(pack++);
           std::future<WrittenPack> written = write_pack_beside(*job, path);
@@ -203,6 +204,115 @@ TEST(what_is_queued_after_capture_comes_after_the_eager_copies) {
   fake().release();
   std::future<WrittenPack> written = write_pack_beside(*job, directory / "0.pack");
   CHECK(read_back(directory / "0.pack", written.get()) == state.stream());
+}
+
+// Of a device that has cloned them, copies over the bus may come late.
+TEST(streams_wait_for_the_clone_of_eager_chunks_and_not_for_the_bus) {
+  for (const bool cloned : {true, false}) {
+    const HealthyDriver driver;
+    const TemporaryDirectory directory;
+    const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+    DeviceState state(mixed_sizes(), {0, 1});
+    if (cloned) engine->reserve(1, {0, 1}, state.stream().size());
+    fake().set_late(FakeCuda::kDownloads);
+    fake().hold(-1);
+    const std::shared_ptr<Job> job = begin(*engine, state, 5);
+    CHECK(job->capture(state.streams(), nullptr));
+    // The next step changes what is eager: the first tensors.
+    const pysnap::Extent& first = state.extents().front();
+    fake().fill(first.device, state.streams().front().second, first.address, 0xDD, first.length);
+    std::uint8_t byte = 0;
+    for (int i = 0; i < (cloned ? 10'000 : 20) && byte != 0xDD; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      fake().peek(first.address, &byte, 1);
+    }
+    CHECK_EQ(byte == 0xDD, cloned);
+    fake().release();
+    std::future<WrittenPack> written = write_pack_beside(*job, directory / "0.pack");
+    CHECK(read_back(directory / "0.pack", written.get()) == state.stream());
+  }
+}
+
+TEST(what_is_queued_after_capture_comes_after_the_clone) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  DeviceState state(mixed_sizes(), {0, 1});
+  engine->reserve(1, {0, 1}, state.stream().size());
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold(-1);
+  const std::shared_ptr<Job> job = begin(*engine, state, 5);
+  CHECK(job->capture(state.streams(), nullptr));
+  for (std::size_t i = 0; i < 150; ++i) {
+    const pysnap::Extent& extent = state.extents()[i];
+    const pysnap::StreamHandle stream =
+        state.streams()[static_cast<std::size_t>(extent.device)].second;
+    fake().fill(extent.device, stream, extent.address, 0xDD, extent.length);
+  }
+  std::this_thread::sleep_for(kSoon);
+  fake().release();
+  std::future<WrittenPack> written = write_pack_beside(*job, directory / "0.pack");
+  CHECK(read_back(directory / "0.pack", written.get()) == state.stream());
+}
+
+TEST(a_clone_is_made_anew_for_every_snapshot) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  DeviceState state(mixed_sizes(), {0, 1});
+  engine->reserve(1, {0, 1}, state.stream().size());
+  const unsigned allocations = fake().calls("cuMemAlloc_v2");
+  fake().set_late(FakeCuda::kCopies);
+  for (const std::uint8_t byte : {1, 2, 3}) {
+    state.fill(byte);
+    const std::shared_ptr<Job> job = begin(*engine, state, 5);
+    CHECK(job->capture(state.streams(), nullptr));
+    CHECK(job->gate(state.streams(), nullptr));
+    state.fill(0xDD);
+    const std::string path = directory / std::to_string(byte);
+    std::future<WrittenPack> written = write_pack_beside(*job, path);
+    CHECK(read_back(path, written.get()) == Bytes(state.stream().size(), byte));
+  }
+  CHECK_EQ(fake().calls("cuMemAlloc_v2"), allocations);
+}
+
+TEST(devices_keep_no_large_clones) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  engine->reserve(1, {0}, (std::uint64_t{64} << 20) + 1);
+  CHECK_EQ(fake().calls("cuMemAlloc_v2"), 1);
+  engine->reserve(1, {0}, std::uint64_t{64} << 20);
+  CHECK_EQ(fake().calls("cuMemAlloc_v2"), 2);
+}
+
+// The work of the engine must get into no graph, and spoil none: the fake driver tells.
+TEST(a_graph_may_be_captured_beside_a_snapshot) {
+  const HealthyDriver driver;
+  const TemporaryDirectory directory;
+  const std::uintptr_t capturing = fake().make_stream(0);
+  fake().set_capturing(capturing, true);
+  fake().set_late(FakeCuda::kCopies);
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  engine->reserve(1, {0, 1}, 100'000);
+  DeviceState state(mixed_sizes(), {0, 1});
+  const std::shared_ptr<Job> job = begin(*engine, state, 5);
+  std::future<WrittenPack> written = write_pack_beside(*job, directory / "0.pack");
+  CHECK(job->capture(state.streams(), nullptr));
+  // The optimizer's step is captured: nothing of it runs.
+  CHECK(job->gate({{0, capturing}, {1, state.streams()[1].second}}, nullptr));
+  CHECK(read_back(directory / "0.pack", written.get()) == state.stream());
+}
+
+TEST(a_snapshot_inside_the_capture_of_a_graph_fails) {
+  const HealthyDriver driver;
+  const std::uintptr_t capturing = fake().make_stream(0);
+  fake().set_capturing(capturing, true);
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  const DeviceState state(mixed_sizes(), {0});
+  const std::shared_ptr<Job> job = begin(*engine, state, 5);
+  CHECK(job->capture({{0, capturing}}, nullptr));
+  CHECK_EQ(thrown_by([&] { job->wait_written(kForever); }), "device");
+  job->abort();
 }
 
 TEST(what_is_queued_after_the_gate_comes_after_all_copies) {
@@ -418,7 +528,13 @@ TEST(a_call_that_is_refused_never_makes_a_wrong_snapshot) {
                                "cuMemHostRegister_v2",
                                "cuMemHostUnregister",
                                "cuMemcpyDtoHAsync_v2",
-                               "cuMemcpyDtoDAsync_v2"}) {
+                               "cuMemcpyDtoDAsync_v2",
+                               "cuDeviceGetPCIBusId",
+                               "cuStreamIsCapturing",
+                               "cuModuleLoadData",
+                               "cuModuleUnload",
+                               "cuModuleGetFunction",
+                               "cuLaunchKernel"}) {
     for (const unsigned nth : {1U, 2U, 3U, 6U, 14U}) {
       const HealthyDriver driver;
       fake().set_late(FakeCuda::kCopies);
@@ -427,6 +543,7 @@ TEST(a_call_that_is_refused_never_makes_a_wrong_snapshot) {
       const std::string path = directory / std::to_string(pack++);
       DeviceState state(std::vector<std::size_t>(30, 5000), {0, 1});
       std::string outcome = thrown_by([&] {
+        engine->reserve(1, {0, 1}, pack % 2 == 0 ? state.stream().size() : 0);
         const std::shared_ptr<Job> job = begin(*engine, state, 5);
         std::future<WrittenPack> written = write_pack_beside(*job, path);
         CHECK(job->capture(state.streams(), nullptr));

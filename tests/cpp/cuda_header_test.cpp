@@ -16,13 +16,17 @@ namespace {
 
 using pysnap::CudaDriver;
 
-// A function of cuda.h with our type of result in place of its enum.
+// A function of cuda.h with our types in place of its enums.
 template <typename Type>
 struct Ours;
 template <typename... Arguments>
 struct Ours<CUresult (*)(Arguments...)> {
   template <typename Argument>
-  using Type = std::conditional_t<std::is_same_v<Argument, CUresult>, pysnap::CudaResult, Argument>;
+  using Type = std::conditional_t<
+      std::is_same_v<Argument, CUresult>, pysnap::CudaResult,
+      std::conditional_t<std::is_same_v<Argument, CUstreamCaptureMode*>, pysnap::CudaCaptureMode*,
+                         std::conditional_t<std::is_same_v<Argument, CUstreamCaptureStatus*>,
+                                            pysnap::CudaCaptureStatus*, Argument>>>;
   using Function = pysnap::CudaResult (*)(Type<Arguments>...);
 };
 
@@ -33,6 +37,7 @@ SAME_TYPE(cuInit);
 SAME_TYPE(cuGetErrorString);
 SAME_TYPE(cuDeviceGetCount);
 SAME_TYPE(cuDeviceGet);
+SAME_TYPE(cuDeviceGetPCIBusId);
 SAME_TYPE(cuDevicePrimaryCtxRetain);
 SAME_TYPE(cuDevicePrimaryCtxRelease_v2);
 SAME_TYPE(cuCtxPushCurrent_v2);
@@ -40,6 +45,8 @@ SAME_TYPE(cuCtxPopCurrent_v2);
 SAME_TYPE(cuStreamCreate);
 SAME_TYPE(cuStreamDestroy_v2);
 SAME_TYPE(cuStreamQuery);
+SAME_TYPE(cuStreamIsCapturing);
+SAME_TYPE(cuThreadExchangeStreamCaptureMode);
 SAME_TYPE(cuStreamWaitEvent);
 SAME_TYPE(cuEventCreate);
 SAME_TYPE(cuEventDestroy_v2);
@@ -52,10 +59,19 @@ SAME_TYPE(cuMemHostUnregister);
 SAME_TYPE(cuMemcpyDtoHAsync_v2);
 SAME_TYPE(cuMemcpyHtoDAsync_v2);
 SAME_TYPE(cuMemcpyDtoDAsync_v2);
+SAME_TYPE(cuModuleLoadData);
+SAME_TYPE(cuModuleUnload);
+SAME_TYPE(cuModuleGetFunction);
+SAME_TYPE(cuLaunchKernel);
 
 static_assert(sizeof(CUresult) == sizeof(pysnap::CudaResult));
 static_assert(CUDA_SUCCESS == pysnap::kCudaSuccess);
 static_assert(CUDA_ERROR_NOT_READY == pysnap::kCudaNotReady);
+static_assert(CUDA_ERROR_DEINITIALIZED == pysnap::kCudaDeinitialized);
+static_assert(CUDA_ERROR_INVALID_CONTEXT == pysnap::kCudaInvalidContext);
+static_assert(CUDA_ERROR_CONTEXT_IS_DESTROYED == pysnap::kCudaContextIsDestroyed);
+static_assert(CU_STREAM_CAPTURE_MODE_RELAXED == pysnap::kCudaCaptureRelaxed);
+static_assert(CU_STREAM_CAPTURE_STATUS_NONE == pysnap::kCudaNotCapturing);
 static_assert(CU_STREAM_NON_BLOCKING == pysnap::kCudaNonBlockingStream);
 static_assert(CU_EVENT_DISABLE_TIMING == pysnap::kCudaEventWithoutTiming);
 static_assert(CU_MEMHOSTREGISTER_PORTABLE == pysnap::kCudaPortable);

@@ -2,6 +2,8 @@
 
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -9,9 +11,12 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <fstream>
 #include <memory>
 #include <optional>
 #include <set>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -41,6 +46,48 @@ std::vector<Slot> acquire_all(SlotPool& pool) {
   return slots;
 }
 
+// Host memory that is said to be near a node.
+class NearNode : public pysnap::Device {
+ public:
+  explicit NearNode(int node) : node_(node) {}
+  void follow(pysnap::StreamHandle) override {}
+  void read(void*, const std::vector<pysnap::Source>&) override {}
+  void write(const void*, const std::vector<pysnap::Place>&) override {}
+  std::unique_ptr<pysnap::Fence> fence() override { return nullptr; }
+  void gate(pysnap::StreamHandle) override {}
+  void reserve_clone(std::size_t) override {}
+  std::optional<std::uint64_t> clone(const std::vector<pysnap::Source>&) override { return {}; }
+  void pin(void*, std::size_t) override {}
+  void unpin(void*) noexcept override {}
+  std::optional<int> numa_node() const override { return node_; }
+
+ private:
+  const int node_;
+};
+
+// A flag that the system tells of the mapping of an address, as "dc" (not inherited by a fork).
+bool has_flag(const void* address, const std::string& flag) {
+  std::ifstream maps("/proc/self/smaps");
+  bool inside = false;
+  for (std::string line; std::getline(maps, line);) {
+    unsigned long long start = 0;
+    unsigned long long end = 0;
+    if (std::sscanf(line.c_str(), "%llx-%llx ", &start, &end) == 2) {
+      const auto at = reinterpret_cast<std::uintptr_t>(address);
+      inside = start <= at && at < end;
+    } else if (inside && line.rfind("VmFlags:", 0) == 0) {
+      return (line + " ").find(" " + flag + " ") != std::string::npos;
+    }
+  }
+  return false;
+}
+
+bool is_resident(const std::uint8_t* memory, std::size_t size) {
+  std::vector<unsigned char> pages(size / kPageSize);
+  return ::mincore(const_cast<std::uint8_t*>(memory), size, pages.data()) == 0 &&
+         std::all_of(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; });
+}
+
 bool is_mapped(void* page) { return ::msync(page, kPageSize, MS_ASYNC) == 0; }
 
 }  // namespace
@@ -55,6 +102,51 @@ TEST(no_more_slots_than_the_bound) {
   CHECK(!pool->acquire(kAtOnce));
   slots.pop_back();
   CHECK(pool->try_acquire().has_value());
+}
+
+TEST(memory_is_touched_ahead_of_need_by_any_number_of_threads) {
+  for (const unsigned touchers : {1U, 2U, 3U, 40U}) {
+    const std::shared_ptr<SlotPool> pool = SlotPool::create(kSlotSize, 500, touchers);
+    pool->reserve(500);
+    pool->wait_reserved();
+    for (const Slot& slot : acquire_all(*pool)) CHECK(is_resident(slot.data(), kSlotSize));
+  }
+}
+
+TEST(a_forked_child_gets_no_staging_memory) {
+  const std::shared_ptr<SlotPool> pool = SlotPool::create(kSlotSize, 2);
+  const std::optional<Slot> slot = pool->acquire(kForever);
+  CHECK(has_flag(slot->data(), "dc"));
+}
+
+TEST(large_regions_ask_for_huge_pages) {
+  const std::shared_ptr<SlotPool> pool = SlotPool::create(std::size_t{4} << 20, 2);
+  const std::optional<Slot> slot = pool->acquire(kForever);
+  CHECK(has_flag(slot->data(), "hg") || ::access("/sys/kernel/mm/transparent_hugepage", F_OK) != 0);
+}
+
+// What the system says where it lets a process ask; there is a node 0 everywhere.
+TEST(memory_is_near_the_device_that_it_is_pinned_for) {
+  constexpr int kPreferred = 1;
+  const auto policy_of = [](const void* address) {
+    int policy = -1;
+    constexpr unsigned long kOfAddress = 2;
+    const long result = ::syscall(SYS_get_mempolicy, &policy, nullptr, 0, address, kOfAddress);
+    return result == 0 ? policy : -1;
+  };
+  const std::shared_ptr<SlotPool> plain = SlotPool::create(kSlotSize, 1);
+  const std::optional<Slot> anywhere = plain->acquire(kForever);
+  const int usual = policy_of(anywhere->data());
+  if (usual < 0) return;  // the system does not let this process ask
+  CHECK_EQ(usual, 0);
+  const std::shared_ptr<SlotPool> pool = SlotPool::create(kSlotSize, 1);
+  pool->pin(std::make_shared<NearNode>(0));
+  const std::optional<Slot> slot = pool->acquire(kForever);
+  CHECK_EQ(policy_of(slot->data()), kPreferred);
+  // A node that no machine has.
+  const std::shared_ptr<SlotPool> odd = SlotPool::create(kSlotSize, 1);
+  odd->pin(std::make_shared<NearNode>(1023));
+  CHECK(odd->acquire(kForever).has_value());
 }
 
 TEST(slots_are_page_aligned_and_apart_and_keep_their_bytes) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -17,12 +18,16 @@
 #include <type_traits>
 #include <vector>
 
+#include "piece_kernel.h"
+
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 using pysnap::CudaAddress;
 using pysnap::CudaContext;
 using pysnap::CudaDriver;
 using pysnap::CudaEvent;
+using pysnap::CudaFunction;
+using pysnap::CudaModule;
 using pysnap::CudaResult;
 using pysnap::CudaStream;
 
@@ -53,9 +58,9 @@ constexpr std::uint64_t kDeviceMemory = std::uint64_t{1} << 63;
 constexpr std::chrono::milliseconds kQuiet{3};
 
 struct Operation {
-  enum Kind { kCopy, kKernel, kRecord, kWait } kind;
+  enum Kind { kCopy, kDownload, kKernel, kRecord, kWait } kind;
   std::shared_ptr<Mark> mark;  // what it sets, or waits for; null: nothing
-  std::function<void()> run;   // kCopy, kKernel
+  std::function<void()> run;   // kCopy, kDownload, kKernel
 };
 
 }  // namespace
@@ -63,6 +68,15 @@ struct Operation {
 struct CUstream_st {
   int device;
   std::deque<Operation> queue;
+  bool capturing = false;
+};
+
+struct CUmod_st {
+  int device;
+};
+
+struct CUfunc_st {
+  int device;
 };
 
 namespace {
@@ -82,6 +96,8 @@ struct State {
   std::vector<std::unique_ptr<CUstream_st>> streams;  // the first ones are the default streams
   std::set<CUstream_st*> created;                     // by cuStreamCreate
   std::set<CUevent_st*> events;
+  std::set<CUmod_st*> modules;
+  CUfunc_st functions[kDevices] = {{0}, {1}};
   std::map<std::uintptr_t, std::size_t> registered;
   CUctx_st contexts[kDevices] = {{0}, {1}};
   int retained[kDevices] = {0, 0};
@@ -108,7 +124,7 @@ State& state() {
   static State* const only = [] {
     auto* created = new State;
     for (int device = 0; device < kDevices; ++device) {
-      created->streams.push_back(std::make_unique<CUstream_st>(CUstream_st{device, {}}));
+      created->streams.push_back(std::make_unique<CUstream_st>(CUstream_st{device, {}, false}));
     }
     return created;
   }();
@@ -123,8 +139,9 @@ State& state() {
 // The contexts that a thread has pushed.
 struct Stack {
   std::vector<CUctx_st*> contexts;
+  int capture_mode = 0;
   ~Stack() {
-    if (contexts.empty()) return;
+    if (contexts.empty() && capture_mode == 0) return;
     std::lock_guard<std::mutex> lock(state().mutex);
     state().violate("a thread ended with a context");
   }
@@ -154,8 +171,13 @@ std::uint64_t allocate_memory(int device, std::size_t size, bool by_driver) {
   return address;
 }
 
+bool is_copy(const Operation& operation) {
+  return operation.kind == Operation::kCopy || operation.kind == Operation::kDownload;
+}
+
 bool is_late(const Operation& operation) {
-  return (operation.kind == Operation::kCopy && state().late == FakeCuda::kCopies) ||
+  return (is_copy(operation) && state().late == FakeCuda::kCopies) ||
+         (operation.kind == Operation::kDownload && state().late == FakeCuda::kDownloads) ||
          (operation.kind == Operation::kKernel && state().late == FakeCuda::kKernels);
 }
 
@@ -195,7 +217,7 @@ void run_devices() {
     }
     const Operation operation = std::move(stream->queue.front());
     stream->queue.pop_front();
-    if (operation.kind == Operation::kCopy && s.failing_copy > 0 && --s.failing_copy == 0) {
+    if (is_copy(operation) && s.failing_copy > 0 && --s.failing_copy == 0) {
       if (operation.mark) operation.mark->done = true;
       lose_device(stream->device);
     } else {
@@ -223,6 +245,10 @@ class Call {
       result = kInvalidContext;
     } else if (needs == kContext && s.lost[device()]) {
       result = kIllegalAddress;
+    } else if (needs == kContext && stack.capture_mode != pysnap::kCudaCaptureRelaxed &&
+               std::any_of(s.streams.begin(), s.streams.end(),
+                           [](const auto& stream) { return stream->capturing; })) {
+      s.violate(std::string(name) + " would spoil the capture of a graph");
     }
   }
 
@@ -244,6 +270,7 @@ class Call {
   }
 
   void queue(CUstream_st* stream, Operation operation) const {
+    if (stream->capturing) return state().violate("work of ours in the graph of somebody else");
     stream->queue.push_back(std::move(operation));
     state().last_queued = std::chrono::steady_clock::now();
     state().changed.notify_all();
@@ -294,6 +321,12 @@ EXPORTED CudaResult cuDeviceGet(int* device, int ordinal) {
   return call.result;
 }
 
+EXPORTED CudaResult cuDeviceGetPCIBusId(char* id, int length, int device) {
+  const Call call("cuDeviceGetPCIBusId", Call::kNothing);
+  std::snprintf(id, static_cast<std::size_t>(length), "FFFF:%02X:1F.7", device);
+  return call.result;
+}
+
 EXPORTED CudaResult cuDevicePrimaryCtxRetain(CudaContext* context, int device) {
   const Call call("cuDevicePrimaryCtxRetain", Call::kNothing);
   if (call.refused()) return call.result;
@@ -332,7 +365,7 @@ EXPORTED CudaResult cuStreamCreate(CudaStream* stream, unsigned flags) {
   if (call.refused()) return call.result;
   if (flags != pysnap::kCudaNonBlockingStream)
     state().violate("a stream that the default stream waits for");
-  state().streams.push_back(std::make_unique<CUstream_st>(CUstream_st{call.device(), {}}));
+  state().streams.push_back(std::make_unique<CUstream_st>(CUstream_st{call.device(), {}, false}));
   *stream = state().streams.back().get();
   state().created.insert(*stream);
   return 0;
@@ -355,6 +388,19 @@ EXPORTED CudaResult cuStreamQuery(CudaStream stream) {
   const Call call("cuStreamQuery");
   if (call.refused()) return call.result;
   return call.find_stream(stream)->queue.empty() ? 0 : pysnap::kCudaNotReady;
+}
+
+EXPORTED CudaResult cuStreamIsCapturing(CudaStream stream, pysnap::CudaCaptureStatus* status) {
+  const Call call("cuStreamIsCapturing");
+  if (call.refused()) return call.result;
+  *status = call.find_stream(stream)->capturing ? 1 : pysnap::kCudaNotCapturing;
+  return 0;
+}
+
+EXPORTED CudaResult cuThreadExchangeStreamCaptureMode(pysnap::CudaCaptureMode* mode) {
+  const Call call("cuThreadExchangeStreamCaptureMode", Call::kNothing);
+  if (!call.refused()) std::swap(*mode, stack.capture_mode);
+  return call.result;
 }
 
 EXPORTED CudaResult cuStreamWaitEvent(CudaStream stream, CudaEvent event, unsigned) {
@@ -449,7 +495,7 @@ EXPORTED CudaResult cuMemcpyDtoHAsync_v2(void* to, CudaAddress from, std::size_t
   const int device = call.device();
   const auto mark = std::make_shared<Mark>();
   const bool pageable = !is_registered(to, size);
-  call.queue(call.find_stream(stream), {Operation::kCopy, mark, [=] {
+  call.queue(call.find_stream(stream), {Operation::kDownload, mark, [=] {
                                           if (!pageable && !is_registered(to, size))
                                             state().violate("unregistered during a copy");
                                           if (const std::uint8_t* bytes = find(from, size, device))
@@ -499,11 +545,71 @@ EXPORTED CudaResult cuMemcpyDtoDAsync_v2(CudaAddress to, CudaAddress from, std::
   return 0;
 }
 
+// The one module there is: that of csrc/piece_kernel.cpp.
+EXPORTED CudaResult cuModuleLoadData(CudaModule* module, const void* image) {
+  const Call call("cuModuleLoadData");
+  if (call.refused()) return call.result;
+  if (std::strstr(static_cast<const char*>(image), ".entry copy_pieces(") == nullptr)
+    return kInvalidValue;
+  *module = new CUmod_st{call.device()};
+  state().modules.insert(*module);
+  return 0;
+}
+
+EXPORTED CudaResult cuModuleUnload(CudaModule module) {
+  const Call call("cuModuleUnload");
+  if (state().modules.erase(module) == 0) {
+    state().violate("a module unloaded that does not exist");
+  } else {
+    delete module;
+  }
+  return call.result;
+}
+
+EXPORTED CudaResult cuModuleGetFunction(CudaFunction* function, CudaModule module,
+                                        const char* name) {
+  const Call call("cuModuleGetFunction");
+  if (call.refused()) return call.result;
+  if (module->device != call.device()) state().violate("a module of another device");
+  if (std::string(name) != "copy_pieces") return kInvalidValue;
+  *function = &state().functions[module->device];
+  return 0;
+}
+
+// What the kernel does, block by block; it counts as a copy.
+EXPORTED CudaResult cuLaunchKernel(CudaFunction function, unsigned x, unsigned y, unsigned z,
+                                   unsigned threads, unsigned threads_y, unsigned threads_z,
+                                   unsigned shared, CudaStream stream, void** parameters,
+                                   void** extra) {
+  const Call call("cuLaunchKernel");
+  if (call.refused()) return call.result;
+  const int device = call.device();
+  if (function->device != device) state().violate("a function of another device");
+  if (x < 1 || x > pysnap::kPiecesPerLaunch || y < 1 || y > 65535 || z != 1 || threads < 1 ||
+      threads > 1024 || threads_y != 1 || threads_z != 1 || shared != 0 || extra != nullptr) {
+    state().violate("a launch that the kernel is not made for");
+  }
+  const pysnap::Pieces pieces = *static_cast<const pysnap::Pieces*>(parameters[0]);
+  call.queue(call.find_stream(stream), {Operation::kCopy, nullptr, [=] {
+                                          for (unsigned i = 0; i < x; ++i) {
+                                            const pysnap::Piece& piece = pieces[i];
+                                            if (piece.length == 0) continue;
+                                            std::uint8_t* to = find(piece.to, piece.length, device);
+                                            const std::uint8_t* from =
+                                                find(piece.from, piece.length, device);
+                                            if (to != nullptr && from != nullptr)
+                                              std::memcpy(to, from, piece.length);
+                                          }
+                                        }});
+  return 0;
+}
+
 #define SAME_TYPE(name) static_assert(std::is_same_v<decltype(&name), decltype(CudaDriver::name)>)
 SAME_TYPE(cuInit);
 SAME_TYPE(cuGetErrorString);
 SAME_TYPE(cuDeviceGetCount);
 SAME_TYPE(cuDeviceGet);
+SAME_TYPE(cuDeviceGetPCIBusId);
 SAME_TYPE(cuDevicePrimaryCtxRetain);
 SAME_TYPE(cuDevicePrimaryCtxRelease_v2);
 SAME_TYPE(cuCtxPushCurrent_v2);
@@ -511,6 +617,8 @@ SAME_TYPE(cuCtxPopCurrent_v2);
 SAME_TYPE(cuStreamCreate);
 SAME_TYPE(cuStreamDestroy_v2);
 SAME_TYPE(cuStreamQuery);
+SAME_TYPE(cuStreamIsCapturing);
+SAME_TYPE(cuThreadExchangeStreamCaptureMode);
 SAME_TYPE(cuStreamWaitEvent);
 SAME_TYPE(cuEventCreate);
 SAME_TYPE(cuEventDestroy_v2);
@@ -523,6 +631,10 @@ SAME_TYPE(cuMemHostUnregister);
 SAME_TYPE(cuMemcpyDtoHAsync_v2);
 SAME_TYPE(cuMemcpyHtoDAsync_v2);
 SAME_TYPE(cuMemcpyDtoDAsync_v2);
+SAME_TYPE(cuModuleLoadData);
+SAME_TYPE(cuModuleUnload);
+SAME_TYPE(cuModuleGetFunction);
+SAME_TYPE(cuLaunchKernel);
 
 namespace {
 
@@ -584,7 +696,7 @@ void peek(std::uint64_t address, void* bytes, std::size_t size) {
 
 std::uintptr_t make_stream(int device) {
   const Lock lock(state().mutex);
-  state().streams.push_back(std::make_unique<CUstream_st>(CUstream_st{device, {}}));
+  state().streams.push_back(std::make_unique<CUstream_st>(CUstream_st{device, {}, false}));
   return reinterpret_cast<std::uintptr_t>(state().streams.back().get());
 }
 
@@ -628,6 +740,11 @@ void fail_copy(unsigned nth) {
   state().failing_copy = nth;
 }
 
+void set_capturing(std::uintptr_t stream, bool capturing) {
+  const Lock lock(state().mutex);
+  reinterpret_cast<CUstream_st*>(stream)->capturing = capturing;
+}
+
 void set_device_count(int count) {
   const Lock lock(state().mutex);
   state().device_count = count;
@@ -653,6 +770,7 @@ std::size_t registered() {
 const char* violation() {
   const Lock lock(state().mutex);
   if (!stack.contexts.empty()) state().violate("the calling thread has a context left");
+  if (stack.capture_mode != 0) state().violate("the calling thread has another capture mode");
   return state().violation.c_str();
 }
 
@@ -666,6 +784,7 @@ const char* leaks() {
   count("contexts", static_cast<std::size_t>(s.retained[0] + s.retained[1]));
   count("streams", s.created.size());
   count("events", s.events.size());
+  count("modules", s.modules.size());
   count("registrations", s.registered.size());
   count("allocations",
         static_cast<std::size_t>(std::count_if(s.memory.begin(), s.memory.end(),
@@ -676,10 +795,25 @@ const char* leaks() {
 }  // namespace
 
 EXPORTED const FakeCuda* fake_cuda() {
-  static const FakeCuda controls{reset,      allocate,         free_memory, poke,
-                                 peek,       make_stream,      fill,        set_late,
-                                 hold,       release,          finish,      fail_call,
-                                 fail_copy,  set_device_count, calls,       pageable_copies,
-                                 registered, violation,        leaks};
+  static const FakeCuda controls{reset,
+                                 allocate,
+                                 free_memory,
+                                 poke,
+                                 peek,
+                                 make_stream,
+                                 fill,
+                                 set_late,
+                                 hold,
+                                 release,
+                                 finish,
+                                 fail_call,
+                                 fail_copy,
+                                 set_capturing,
+                                 set_device_count,
+                                 calls,
+                                 pageable_copies,
+                                 registered,
+                                 violation,
+                                 leaks};
   return &controls;
 }

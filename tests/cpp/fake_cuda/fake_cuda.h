@@ -13,9 +13,10 @@
 
 struct FakeCuda {
   enum Late {
-    kNothing,  // everything runs as soon as it may
-    kCopies,   // copies run only when nothing else can and nothing was queued for a while
-    kKernels,  // kernels do
+    kNothing,    // everything runs as soon as it may
+    kCopies,     // copies run only when nothing else can and nothing was queued for a while
+    kKernels,    // kernels do
+    kDownloads,  // copies to the host do
   };
 
   // Everything is as in a new process with healthy devices. Nothing may be in use.
@@ -43,6 +44,8 @@ struct FakeCuda {
   void (*fail_call)(const char* function, unsigned nth, int result);
   // The `nth` copy that runs from now on fails, and with it every later call for its device.
   void (*fail_copy)(unsigned nth);
+  // Whether the stream captures a graph; what is queued on it then never runs.
+  void (*set_capturing)(std::uintptr_t stream, bool capturing);
   void (*set_device_count)(int count);
 
   unsigned (*calls)(const char* function);  // so far
