@@ -689,8 +689,8 @@ def test_any_exception_of_retention_leaves_the_snapshot_durable(
     def refused(_: object) -> None:
         raise PermissionError("mine")
 
-    monkeypatch.setattr(repository.Repository, "list", refused)
     with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        monkeypatch.setattr(repository.Repository, "list", refused)
         assert snapshotter.save().wait().path.is_dir()
     assert "could not be removed" in caplog.text
 
