@@ -67,7 +67,8 @@ class Snapshotter:
     `every` is the cadence (`"200 steps"`, `"10m"`, `"1 epoch"`, `"1%"`, `"auto"`, `"off"`);
     `PYSNAP_EVERY` wins over it. `keep` is the retention. `best` (`"min val_loss"`,
     `"max accuracy by 0.001"`) names the metric of which an improvement, told by `report`, takes a
-    snapshot. `overlap`, `host_memory`, `codec`, `workers`, `nice` and `on_error` override the environment (see `pysnap.config`).
+    snapshot. `overlap`, `host_memory`, `codec`, `workers`, `nice` and `on_error` override the
+    environment (see `pysnap.config`).
     `on_durable` is called with a `SnapshotInfo` in a background thread. `config` is the
     configuration of the run, plain JSON: what differs is told when the run is resumed. `metadata`,
     plain JSON, is stored for people.
