@@ -10,6 +10,7 @@ import errno
 import logging
 import math
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ _NETWORK = (
     "glusterfs", "fuse.glusterfs", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.juicefs",
 )  # fmt: skip
 _IN_MEMORY = ("tmpfs", "ramfs")
+_OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,11 @@ def _check_speed(repository: Repository, stream: int) -> float:
 
 
 def _tell_file_system(root: Path) -> None:
-    kind = file_system(root, Path("/proc/self/mountinfo").read_text())
+    try:
+        kind = file_system(root, Path("/proc/self/mountinfo").read_text())
+    except OSError:
+        # Nobody can tell, as where no more files can be opened.
+        return
     if kind in _NETWORK:
         _log.warning(
             "%s is on a network file system (%s): what is durable there is for its server to say",
@@ -242,7 +248,7 @@ def file_system(path: Path, mounts: str) -> str:
         if "-" not in fields:
             continue
         # Blanks in a name are written as octal numbers.
-        point = Path(fields[4].encode().decode("unicode_escape"))
+        point = Path(_OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4]))
         if resolved.is_relative_to(point) and len(point.parts) >= deepest:
             found, deepest = fields[fields.index("-") + 1], len(point.parts)
     return found
