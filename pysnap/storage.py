@@ -164,6 +164,70 @@ def remove_directory(path: Path) -> None:
         os.rmdir(path)
 
 
+def read_lines(path: Path, longest: int) -> Iterator[bytes]:
+    """The whole lines of a regular file, without their ends; those of more than `longest` bytes
+    and a last one without an end are left out. No file has no lines."""
+    with _told("reading", path):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(22, "it is not a regular file")
+            beginning = True
+            while piece := file.readline(longest + 1):
+                ends = piece.endswith(b"\n")
+                if beginning and ends:
+                    yield piece[:-1]
+                beginning = ends
+
+
+class AppendedLines:
+    """A file to which whole lines are appended (0600), each with one write, none made durable.
+
+    Not thread safe. A line that was cut short, by a full disk or a dead writer, is ended before the
+    next one begins.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+        self._torn = False
+
+    def add(self, line: bytes) -> None:
+        """Append a line, given without its end. The file is created by the first one; after a
+        failure the next one tries again."""
+        with _told("appending to", self._path):
+            if self._descriptor is None:
+                self._descriptor = self._open()
+            data = (b"\n" if self._torn else b"") + line + b"\n"
+            written = os.write(self._descriptor, data)
+            self._torn = (self._torn or written > 0) and written < len(data)
+            if written < len(data):
+                raise OSError(28, "the file takes no more bytes")
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        descriptor = os.open(self._path, flags, 0o600)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(22, "it is not a regular file")
+            end = os.pread(descriptor, 1, max(0, status.st_size - 1))
+            self._torn = end not in (b"", b"\n")
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def close(self) -> None:
+        """Close the file; safe to repeat."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 class WriterLock:
     """`flock` on a file, held until `release()`, the end of the process, or (in a forked child)
     the fork."""

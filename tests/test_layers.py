@@ -31,6 +31,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "loader": set(),
         "manifest": set(),
         "notes": {"storage"},
+        "events": {"storage"},
         "gate": set(),
         "progress": set(),
         "provenance": set(),
