@@ -8,7 +8,9 @@ retention takes the same lock before it removes a snapshot.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -85,27 +87,28 @@ def locked(snapshot: Path, seconds: float = _PATIENCE_SECONDS) -> Iterator[None]
         with storage.locked_directory(snapshot, seconds):
             yield
     except StorageError as error:
-        if error.errno == 2 and not storage.exists(snapshot):
-            raise NotFoundError(f"{snapshot} is gone; it was removed meanwhile") from None
+        if error.errno == errno.ENOENT:
+            raise NotFoundError(f"{snapshot} is gone; it was removed or replaced") from None
         raise
 
 
-def edit(snapshot: Path, change: Callable[[Notes], Notes]) -> Notes:
+def edit(snapshot: str | os.PathLike[str], change: Callable[[Notes], Notes]) -> Notes:
     """Replace the notes of a snapshot directory by what `change` makes of them; the new ones, which
     are durable.
 
     Needs no writer lock. Raises NotFoundError, BusyError, CorruptError (notes that cannot be read
     are not replaced) or StorageError.
     """
-    with locked(snapshot):
-        before = Notes.read(snapshot)
+    path = Path(snapshot)
+    with locked(path):
+        before = Notes.read(path)
         after = change(before)
         if after != before:
-            storage.replace_file(snapshot / FILE, after.to_bytes())
+            storage.replace_file(path / FILE, after.to_bytes())
         return after
 
 
-def add_tags(snapshot: Path, *tags: str) -> Notes:
+def add_tags(snapshot: str | os.PathLike[str], *tags: str) -> Notes:
     """Tag a snapshot; those it has already change nothing. Raises ConfigError, or as `edit`."""
     new = [check_tag(tag) for tag in tags]
     return edit(
@@ -113,7 +116,7 @@ def add_tags(snapshot: Path, *tags: str) -> Notes:
     )
 
 
-def remove_tags(snapshot: Path, *tags: str) -> Notes:
+def remove_tags(snapshot: str | os.PathLike[str], *tags: str) -> Notes:
     """Take tags away; those it does not have change nothing. Raises as `edit`."""
     return edit(
         snapshot,
@@ -121,12 +124,12 @@ def remove_tags(snapshot: Path, *tags: str) -> Notes:
     )
 
 
-def pin(snapshot: Path, pinned: bool = True) -> Notes:
+def pin(snapshot: str | os.PathLike[str], pinned: bool = True) -> Notes:
     """Pin a snapshot, so that retention keeps it, or unpin it. Raises as `edit`."""
     return edit(snapshot, lambda notes: replace(notes, pinned=pinned))
 
 
-def write_note(snapshot: Path, text: str) -> Notes:
+def write_note(snapshot: str | os.PathLike[str], text: str) -> Notes:
     """Set the note, free text for people; an empty one removes it. Raises ConfigError for what is
     too long or no text, or as `edit`."""
     try:

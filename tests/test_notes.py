@@ -26,7 +26,7 @@ def snapshot(tmp_path: Path) -> Path:
 
 def test_marks_are_added_and_removed(snapshot: Path) -> None:
     notes.add_tags(snapshot, "good", "paper")
-    notes.add_tags(snapshot, "good")
+    notes.add_tags(str(snapshot), "good")
     notes.pin(snapshot)
     notes.write_note(snapshot, "läuft\nbesser")
     assert Notes.read(snapshot) == Notes(tags=("good", "paper"), pinned=True, note="läuft\nbesser")
@@ -91,16 +91,21 @@ def test_a_snapshot_that_is_gone_is_told(snapshot: Path) -> None:
         notes.pin(snapshot.parent / "two")
 
 
+@pytest.mark.parametrize("by_another", [False, True])
 def test_a_snapshot_replaced_while_the_lock_was_taken_is_not_marked(
-    snapshot: Path, monkeypatch: pytest.MonkeyPatch
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch, by_another: bool
 ) -> None:
+    trash = snapshot.with_name("trash")
+
     def replaced(descriptor: int, how: int) -> None:
-        snapshot.rename(snapshot.with_name("trash"))
+        snapshot.rename(trash)
+        if by_another:
+            snapshot.mkdir()
 
     monkeypatch.setattr(storage.fcntl, "flock", replaced)
     with pytest.raises(NotFoundError, match="is gone"):
         notes.pin(snapshot)
-    assert not (snapshot.with_name("trash") / "notes.json").exists()
+    assert not (trash / "notes.json").exists() and not (snapshot / "notes.json").exists()
 
 
 def test_what_a_killed_editor_left_is_removed(snapshot: Path) -> None:
