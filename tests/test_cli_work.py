@@ -200,6 +200,8 @@ def test_export_to_safetensors(repository: Path, tmp_path: Path, commands: Comma
     assert "--force" in commands.errors
     commands.text("export", repository, target, "--force", "--only=optimizer", status=3)
     assert set(safetensors.load_file(target)) == {"weight", "bias"}
+    commands.text("export", repository, target, "--force")
+    assert set(safetensors.load_file(target)) == {"model/weight", "model/bias"}
     assert sorted(os.listdir(tmp_path)) == ["gpt", "w.safetensors"]
 
 
