@@ -373,13 +373,14 @@ class Committer:
     def _remove(self, verdict: Verdict) -> None:
         snapshot = verdict.snapshot
         try:
-            self._repository.delete(snapshot.path)
+            removed = self._repository.delete(snapshot.path)
         except Error as error:
             _log.error("an old snapshot could not be removed: %s", error)
             return
-        self._observers.events.add(
-            "removed", step=snapshot.step, name=snapshot.path.name, reason=verdict.reason
-        )
+        if removed:
+            self._observers.events.add(
+                "removed", step=snapshot.step, name=snapshot.path.name, reason=verdict.reason
+            )
 
     def _fail(self, handle: Handle, error: BaseException) -> None:
         doing = f"the snapshot of step {handle.step} failed: "

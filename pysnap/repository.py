@@ -17,10 +17,18 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pysnap import storage
-from pysnap.errors import CorruptError, Error, FormatError, NotFoundError, StorageError, printable
+from pysnap.errors import (
+    BusyError,
+    CorruptError,
+    Error,
+    FormatError,
+    NotFoundError,
+    StorageError,
+    printable,
+)
 from pysnap.manifest import FORMAT, Manifest
 from pysnap.notes import FILE as NOTES_FILE
-from pysnap.notes import Notes
+from pysnap.notes import Notes, locked
 
 _log = logging.getLogger("pysnap")
 
@@ -291,16 +299,24 @@ class Repository:
         """The snapshots that a tag or a pin holds, and which."""
         return {path: why for path in self._known if (why := held_by(path))}
 
-    def delete(self, path: Path) -> None:
-        """Remove a snapshot: it disappears at once and whole."""
+    def delete(self, path: Path) -> bool:
+        """Remove a snapshot: it disappears at once and whole. False, and it stays, where it was
+        tagged or pinned since that was looked at, or is just being."""
         self._lock.check()
         trash = self.root / f"{_TRASH}{uuid.uuid4().hex}"
-        storage.rename(path, trash)
+        try:
+            with locked(path, seconds=0):
+                if held_by(path):
+                    return False
+                storage.rename(path, trash)
+        except BusyError:
+            return False
         self._known.pop(path, None)
         self._leftovers.append(trash)
         storage.sync_directory(self.root)
         storage.remove_directory(trash)
         self._leftovers.remove(trash)
+        return True
 
     def discard(self, partial: Path) -> None:
         """Remove what a failed snapshot left, or remember it for `remove_rest`."""

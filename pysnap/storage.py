@@ -11,6 +11,8 @@ import errno
 import fcntl
 import os
 import stat
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from pysnap.errors import BusyError, StorageError, printable
 _FILE_MODE = 0o600
 DIRECTORY_MODE = 0o700
 _LONGEST_PATH = 4096
+_POLL_SECONDS = 0.01
+_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -109,6 +113,58 @@ def rename(source: Path, target: Path) -> None:
         if exists(target):
             raise FileExistsError(17, "it exists")
         os.rename(source, target)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Give a file a new content, whole and durable: who reads it sees the old one or the new one.
+    The caller has locked its directory, and what a killed caller left is removed."""
+    beginning = f".{path.name}-"
+    for name in list_directory(path.parent):
+        if name.startswith(beginning):
+            remove_file(path.parent / name)
+    temporary = path.with_name(f"{beginning}{uuid.uuid4().hex}")
+    try:
+        write_file(temporary, data)
+        with _told("replacing", path):
+            os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def locked_directory(path: Path, seconds: float) -> Iterator[None]:
+    """`flock` on a directory, against others who use this; none where the file system has no locks
+    of directories, as some network file systems. Raises BusyError where somebody holds it
+    for longer than `seconds`, and a StorageError of ENOENT where the directory is renamed or
+    removed meanwhile."""
+    with _told("opening", path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                with _told("locking", path):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except StorageError as error:
+                if error.errno in _NO_LOCKS:
+                    break
+                if error.errno != errno.EWOULDBLOCK:
+                    raise
+                if time.monotonic() >= deadline:
+                    raise BusyError(
+                        f"another process is changing the notes of {path}; try again"
+                    ) from None
+                time.sleep(_POLL_SECONDS)
+        with _told("looking for", path):
+            if not os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                raise FileNotFoundError(errno.ENOENT, "it was replaced")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def replace_link(path: Path, target: str) -> None:

@@ -149,6 +149,8 @@ def _check_files(verdict: Verdict, snapshot: Snapshot) -> None:
         verdict.problems.append(str(error))
         return
     verdict.missing += sorted(packs.difference(present))
+    # Notes may be just being replaced.
+    present = [name for name in present if not name.startswith(f".{NOTES_FILE}-")]
     verdict.extra += sorted({*present} - packs - {MANIFEST, NOTES_FILE})
     verdict.remarks += [
         f"{snapshot.path} holds {printable(name)}, which does not belong to it"

@@ -126,10 +126,10 @@ template <typename Function>
 Function* real(const char* name) {
   return reinterpret_cast<Function*>(::dlsym(RTLD_NEXT, name));
 }
-#define REAL(name)                                             \
-  ([] {                                                        \
+#define REAL(name)                                               \
+  ([] {                                                          \
     static auto* const function = real<decltype(::name)>(#name); \
-    return function;                                           \
+    return function;                                             \
   }())
 
 std::string path_of(int descriptor) {
@@ -327,13 +327,13 @@ mode_t mode_of(int flags, va_list& arguments) {
 
 extern "C" {
 
-#define DEFINE_OPEN(name)                              \
-  int name(const char* path, int flags, ...) {         \
-    va_list arguments;                                 \
-    va_start(arguments, flags);                        \
-    const mode_t mode = mode_of(flags, arguments);     \
-    va_end(arguments);                                 \
-    return do_open(AT_FDCWD, path, flags, mode);       \
+#define DEFINE_OPEN(name)                          \
+  int name(const char* path, int flags, ...) {     \
+    va_list arguments;                             \
+    va_start(arguments, flags);                    \
+    const mode_t mode = mode_of(flags, arguments); \
+    va_end(arguments);                             \
+    return do_open(AT_FDCWD, path, flags, mode);   \
   }
 DEFINE_OPEN(open)
 DEFINE_OPEN(open64)
@@ -377,50 +377,50 @@ ssize_t write(int descriptor, const void* data, size_t size) {
 DEFINE_PREAD(pread)
 DEFINE_PREAD(pread64)
 
-#define DEFINE_PWRITE(name)                                                                     \
-  ssize_t name(int descriptor, const void* data, size_t size, off_t offset) {                   \
-    return run_on_file(                                                                         \
-        {kPwrite, {}, {}, descriptor, offset, static_cast<std::int64_t>(size), 0, data},        \
-        [&](std::size_t part) { return REAL(pwrite)(descriptor, data, part, offset); });        \
+#define DEFINE_PWRITE(name)                                                              \
+  ssize_t name(int descriptor, const void* data, size_t size, off_t offset) {            \
+    return run_on_file(                                                                  \
+        {kPwrite, {}, {}, descriptor, offset, static_cast<std::int64_t>(size), 0, data}, \
+        [&](std::size_t part) { return REAL(pwrite)(descriptor, data, part, offset); }); \
   }
 DEFINE_PWRITE(pwrite)
 DEFINE_PWRITE(pwrite64)
 
 int fsync(int descriptor) {
-  return static_cast<int>(
-      run_on_file({kFsync, {}, {}, descriptor},
-                  [&](std::size_t) { return std::int64_t{REAL(fsync)(descriptor)}; }));
+  return static_cast<int>(run_on_file({kFsync, {}, {}, descriptor}, [&](std::size_t) {
+    return std::int64_t{REAL(fsync)(descriptor)};
+  }));
 }
 
 int fdatasync(int descriptor) {
-  return static_cast<int>(
-      run_on_file({kFdatasync, {}, {}, descriptor},
-                  [&](std::size_t) { return std::int64_t{REAL(fdatasync)(descriptor)}; }));
+  return static_cast<int>(run_on_file({kFdatasync, {}, {}, descriptor}, [&](std::size_t) {
+    return std::int64_t{REAL(fdatasync)(descriptor)};
+  }));
 }
 
-#define DEFINE_FTRUNCATE(name)                                                                 \
-  int name(int descriptor, off_t size) __THROW {                                               \
-    return static_cast<int>(                                                                   \
-        run_on_file({kFtruncate, {}, {}, descriptor, size},                                    \
-                    [&](std::size_t) { return std::int64_t{REAL(ftruncate)(descriptor, size)}; })); \
+#define DEFINE_FTRUNCATE(name)                                                                     \
+  int name(int descriptor, off_t size) __THROW {                                                   \
+    return static_cast<int>(run_on_file({kFtruncate, {}, {}, descriptor, size}, [&](std::size_t) { \
+      return std::int64_t{REAL(ftruncate)(descriptor, size)};                                      \
+    }));                                                                                           \
   }
 DEFINE_FTRUNCATE(ftruncate)
 DEFINE_FTRUNCATE(ftruncate64)
 
-#define DEFINE_FALLOCATE(name)                                                                 \
-  int name(int descriptor, int mode, off_t offset, off_t length) {                             \
-    return static_cast<int>(                                                                   \
-        run_on_file({kFallocate, {}, {}, descriptor, offset + length, -1, mode}, [&](std::size_t) { \
-          return std::int64_t{REAL(fallocate)(descriptor, mode, offset, length)};              \
-        }));                                                                                   \
+#define DEFINE_FALLOCATE(name)                                                          \
+  int name(int descriptor, int mode, off_t offset, off_t length) {                      \
+    return static_cast<int>(run_on_file(                                                \
+        {kFallocate, {}, {}, descriptor, offset + length, -1, mode}, [&](std::size_t) { \
+          return std::int64_t{REAL(fallocate)(descriptor, mode, offset, length)};       \
+        }));                                                                            \
   }
 DEFINE_FALLOCATE(fallocate)
 DEFINE_FALLOCATE(fallocate64)
 
 int flock(int descriptor, int how) __THROW {
-  return static_cast<int>(
-      run_on_file({kFlock, {}, {}, descriptor},
-                  [&](std::size_t) { return std::int64_t{REAL(flock)(descriptor, how)}; }));
+  return static_cast<int>(run_on_file({kFlock, {}, {}, descriptor}, [&](std::size_t) {
+    return std::int64_t{REAL(flock)(descriptor, how)};
+  }));
 }
 
 #define DEFINE_MMAP(name)                                                                         \
@@ -436,9 +436,9 @@ DEFINE_MMAP(mmap)
 DEFINE_MMAP(mmap64)
 
 int fchmod(int descriptor, mode_t mode) __THROW {
-  return static_cast<int>(
-      run_on_file({kChmod, {}, {}, descriptor},
-                  [&](std::size_t) { return std::int64_t{REAL(fchmod)(descriptor, mode)}; }));
+  return static_cast<int>(run_on_file({kChmod, {}, {}, descriptor}, [&](std::size_t) {
+    return std::int64_t{REAL(fchmod)(descriptor, mode)};
+  }));
 }
 
 int chmod(const char* path, mode_t mode) __THROW {
@@ -459,12 +459,10 @@ int mkdirat(int directory, const char* path, mode_t mode) __THROW {
   }));
 }
 
-int renameat2(int from, const char* source, int to, const char* target,
-              unsigned flags) __THROW {
-  return static_cast<int>(
-      run_on_path({kRename, absolute(from, source), absolute(to, target)}, [&](std::size_t) {
-        return std::int64_t{REAL(renameat2)(from, source, to, target, flags)};
-      }));
+int renameat2(int from, const char* source, int to, const char* target, unsigned flags) __THROW {
+  return static_cast<int>(run_on_path(
+      {kRename, absolute(from, source), absolute(to, target)},
+      [&](std::size_t) { return std::int64_t{REAL(renameat2)(from, source, to, target, flags)}; }));
 }
 
 int renameat(int from, const char* source, int to, const char* target) __THROW {
@@ -487,39 +485,37 @@ int unlink(const char* path) __THROW { return unlinkat(AT_FDCWD, path, 0); }
 int rmdir(const char* path) __THROW { return unlinkat(AT_FDCWD, path, AT_REMOVEDIR); }
 
 int symlinkat(const char* text, int directory, const char* path) __THROW {
-  return static_cast<int>(
-      run_on_path({kSymlink, absolute(directory, path), text}, [&](std::size_t) {
-        return std::int64_t{REAL(symlinkat)(text, directory, path)};
-      }));
+  return static_cast<int>(run_on_path(
+      {kSymlink, absolute(directory, path), text},
+      [&](std::size_t) { return std::int64_t{REAL(symlinkat)(text, directory, path)}; }));
 }
 
 int symlink(const char* text, const char* path) __THROW { return symlinkat(text, AT_FDCWD, path); }
 
 int linkat(int from, const char* source, int to, const char* target, int flags) __THROW {
-  return static_cast<int>(
-      run_on_path({kLink, absolute(from, source), absolute(to, target)}, [&](std::size_t) {
-        return std::int64_t{REAL(linkat)(from, source, to, target, flags)};
-      }));
+  return static_cast<int>(run_on_path(
+      {kLink, absolute(from, source), absolute(to, target)},
+      [&](std::size_t) { return std::int64_t{REAL(linkat)(from, source, to, target, flags)}; }));
 }
 
 int link(const char* source, const char* target) __THROW {
   return linkat(AT_FDCWD, source, AT_FDCWD, target, 0);
 }
 
-#define DEFINE_STAT(name)                                                                  \
-  int name(const char* path, struct stat* status) __THROW {                                \
-    return static_cast<int>(                                                               \
-        run_on_path({kStat, absolute(AT_FDCWD, path), {}},                                 \
-                    [&](std::size_t) { return std::int64_t{REAL(name)(path, status)}; })); \
+#define DEFINE_STAT(name)                                                                         \
+  int name(const char* path, struct stat* status) __THROW {                                       \
+    return static_cast<int>(run_on_path({kStat, absolute(AT_FDCWD, path), {}}, [&](std::size_t) { \
+      return std::int64_t{REAL(name)(path, status)};                                              \
+    }));                                                                                          \
   }
 DEFINE_STAT(lstat)
 
 #undef DEFINE_STAT
-#define DEFINE_STAT64(name)                                                                \
-  int name(const char* path, struct stat64* status) __THROW {                              \
-    return static_cast<int>(                                                               \
-        run_on_path({kStat, absolute(AT_FDCWD, path), {}},                                 \
-                    [&](std::size_t) { return std::int64_t{REAL(name)(path, status)}; })); \
+#define DEFINE_STAT64(name)                                                                       \
+  int name(const char* path, struct stat64* status) __THROW {                                     \
+    return static_cast<int>(run_on_path({kStat, absolute(AT_FDCWD, path), {}}, [&](std::size_t) { \
+      return std::int64_t{REAL(name)(path, status)};                                              \
+    }));                                                                                          \
   }
 DEFINE_STAT64(lstat64)
 DEFINE_STAT64(stat64)
@@ -531,21 +527,21 @@ int fstatat64(int directory, const char* path, struct stat64* status, int flags)
 }
 
 int fstat(int descriptor, struct stat* status) __THROW {
-  return static_cast<int>(
-      run_on_file({kStat, {}, {}, descriptor},
-                  [&](std::size_t) { return std::int64_t{REAL(fstat)(descriptor, status)}; }));
+  return static_cast<int>(run_on_file({kStat, {}, {}, descriptor}, [&](std::size_t) {
+    return std::int64_t{REAL(fstat)(descriptor, status)};
+  }));
 }
 
 int fstat64(int descriptor, struct stat64* status) __THROW {
-  return static_cast<int>(
-      run_on_file({kStat, {}, {}, descriptor},
-                  [&](std::size_t) { return std::int64_t{REAL(fstat64)(descriptor, status)}; }));
+  return static_cast<int>(run_on_file({kStat, {}, {}, descriptor}, [&](std::size_t) {
+    return std::int64_t{REAL(fstat64)(descriptor, status)};
+  }));
 }
 
 int fstatvfs(int descriptor, struct statvfs* status) __THROW {
-  return static_cast<int>(
-      run_on_file({kStatvfs, {}, {}, descriptor},
-                  [&](std::size_t) { return std::int64_t{REAL(fstatvfs)(descriptor, status)}; }));
+  return static_cast<int>(run_on_file({kStatvfs, {}, {}, descriptor}, [&](std::size_t) {
+    return std::int64_t{REAL(fstatvfs)(descriptor, status)};
+  }));
 }
 
 DIR* opendir(const char* path) {
