@@ -5,10 +5,12 @@ The answer is one line of JSON. Thousands of trials share a process, so that tor
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pickle
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -25,6 +27,8 @@ from oracle import Book, examine, examine_files, go_on, silence
 from power import Disk, Ground
 from shim import Operation, Shim
 from workloads import FILES, REPOSITORY, WORKLOADS, marks_to
+
+_PR_SET_PDEATHSIG = 1
 
 
 def record(log: str, folder: str, workloads: list[tuple[str, str | None]]) -> dict[str, Any]:
@@ -214,6 +218,8 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 if __name__ == "__main__":
+    # Not left behind by a test that is killed.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     silence()
     torch.set_num_threads(1)
     answer = COMMANDS[sys.argv[1]](**json.loads(sys.argv[2]))

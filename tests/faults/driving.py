@@ -53,7 +53,7 @@ _READING = {
     *("stat", "lstat", "fstat", "newfstatat", "statx", "fstatfs", "statfs", "readlink", "ioctl"),
     *("access", "mincore"),
 }
-_LONGEST = 1800
+_LONGEST = 1700
 
 
 @contextlib.contextmanager

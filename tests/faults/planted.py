@@ -109,10 +109,11 @@ def _stays_visible(
     return repository.Snapshot(path, manifest)
 
 
-def _discard_at_once(partial: Path) -> None:
+def _discard_at_once(partial: Path) -> bool:
     """What became visible and was taken back is unlinked before that is durable."""
     with contextlib.suppress(StorageError):
         storage.remove_directory(partial)
+    return True
 
 
 def _write_whatever_sync_says(path: Path, data: bytes) -> None:
@@ -138,7 +139,7 @@ _REPLACED: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "errors of unlink are ignored": (repository.Repository, "delete", _delete_in_place),
     "trash is not synced": (repository.Repository, "delete", _delete_unsynced),
     "a failed commit stays visible": (repository, "publish", _stays_visible),
-    "what was taken back is unlinked at once": (commit, "discard", _discard_at_once),
+    "what was taken back is unlinked at once": (repository, "discard", _discard_at_once),
     "a failed sync of the manifest is ignored": (storage, "write_file", _write_whatever_sync_says),
     "a failure is not told": (commit.Committer, "_fail", _fail_in_silence),
 }

@@ -128,8 +128,9 @@ def failed_between(folder: Path, note: Note, shim: Shim) -> None:
 
 
 def outcome_unknown(folder: Path, note: Note, shim: Shim) -> None:
-    """The last sync of a commit fails, once, and again where it is cleaned up."""
-    with Writer(folder, note, last=1) as writer:
+    """The last sync of a commit fails, once, and again where it is cleaned up. All is kept: the
+    next step may try the failed snapshot again, which would replace the first."""
+    with Writer(folder, note) as writer:
         writer.save()
         for count in (1, 2):
             if count == 2:
@@ -138,7 +139,7 @@ def outcome_unknown(folder: Path, note: Note, shim: Shim) -> None:
             shim.fault("fail", errno.EIO, kind="fsync", pattern=f"*/{REPOSITORY}", count=count)
             writer.save()
             shim.clear_faults()
-    with Writer(folder, note, first=4, last=1) as writer:
+    with Writer(folder, note, first=4) as writer:
         writer.save()
 
 
