@@ -135,6 +135,14 @@ auto run_interruptibly(Call call) {
   if (!completed) throw py::error_already_set();
 }
 
+Codec codec_named(const std::string& name) {
+  if (name == "none") return Codec::kNone;
+  if (name == "fast") return Codec::kFast;
+  if (name == "small") return Codec::kSmall;
+  if (name == "auto") return Codec::kAuto;
+  throw Error(ErrorKind::kInvalid, "there is no codec " + name);
+}
+
 std::shared_ptr<const Zstd> open_zstd(const std::vector<std::string>& names) {
   return names.empty() ? nullptr : Zstd::open(names);
 }
@@ -268,16 +276,17 @@ PYBIND11_MODULE(_engine, module) {
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init([](std::size_t chunk_size, std::size_t slots, unsigned workers,
-                       unsigned copy_threads, int nice, bool direct_io,
-                       const std::vector<std::string>& zstd, bool adaptive, double disk_seconds) {
-             EngineOptions options{chunk_size, slots,     workers,         copy_threads,
-                                   nice,       direct_io, open_zstd(zstd), adaptive};
+                       unsigned copy_threads, int nice, bool direct_io, const std::string& codec,
+                       const std::vector<std::string>& zstd, double disk_seconds) {
+             EngineOptions options{chunk_size,         slots,          workers,
+                                   copy_threads,       nice,           direct_io,
+                                   codec_named(codec), open_zstd(zstd)};
              options.disk_timeout = std::chrono::milliseconds(std::llround(disk_seconds * 1e3));
              return Engine::create(std::move(options));
            }),
            py::kw_only(), py::arg("chunk_size"), py::arg("slots"), py::arg("workers"),
-           py::arg("copy_threads"), py::arg("nice"), py::arg("direct_io"), py::arg("zstd"),
-           py::arg("adaptive"), py::arg("disk_seconds") = 60.0)
+           py::arg("copy_threads"), py::arg("nice"), py::arg("direct_io"), py::arg("codec"),
+           py::arg("zstd"), py::arg("disk_seconds") = 60.0)
       .def("reserve", &Engine::reserve, py::arg("size"),
            py::arg("devices") = std::vector<DeviceIndex>(), py::arg("eager") = 0,
            py::call_guard<py::gil_scoped_release>())

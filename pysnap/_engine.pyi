@@ -55,12 +55,12 @@ class Engine:
         copy_threads: int,
         nice: int,
         direct_io: bool,
+        codec: str,
         zstd: Sequence[str],
-        adaptive: bool,
         disk_seconds: float = ...,
     ) -> None:
-        """Without `zstd` every chunk is stored raw; `adaptive`: those that are written sooner
-        so. `disk_seconds`: how long `capture` and `gate` wait for a disk that takes nothing."""
+        """`codec` is that of the setting; without `zstd` integers are stored larger.
+        `disk_seconds`: how long `capture` and `gate` wait for a disk that takes nothing."""
 
     def reserve(self, size: int, devices: Sequence[int] = ..., eager: int = 0) -> None:
         """Have staging memory made ready in the background, pinned where `devices` has a CUDA
