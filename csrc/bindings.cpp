@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "codec.h"
 #include "copy.h"
 #include "cpu.h"
 #include "cuda_driver.h"
@@ -49,6 +50,31 @@ struct SpanRow {
   std::uint32_t raw;
   std::uint8_t element;
 };
+
+// Contiguous bytes of a Python object, while this lives.
+struct ByteView {
+  ByteView(const py::buffer& object, bool writable) : info(object.request(writable)) {
+    if (PyBuffer_IsContiguous(info.view(), 'C') == 0)
+      throw Error(ErrorKind::kInvalid, "the bytes of a buffer must be contiguous");
+    data = static_cast<std::uint8_t*>(info.ptr);
+    size = static_cast<std::size_t>(info.size * info.itemsize);
+  }
+
+  py::buffer_info info;
+  std::uint8_t* data;
+  std::size_t size;
+};
+
+// One chunk at a time, for benchmarks and tests. Not for several threads at once.
+struct Coder {
+  PlanesEncoder encoder;
+  PlanesDecoder decoder;
+};
+
+Element checked_element(unsigned number) {
+  if (number >= kElementCount) throw Error(ErrorKind::kInvalid, "there is no such element");
+  return static_cast<Element>(number);
+}
 
 template <typename Row>
 using Rows = py::array_t<Row, py::array::c_style>;
@@ -347,17 +373,44 @@ PYBIND11_MODULE(_engine, module) {
   module.def(
       "digest",
       [](const py::buffer& data) {
-        const py::buffer_info info = data.request();
-        if (PyBuffer_IsContiguous(info.view(), 'C') == 0)
-          throw Error(ErrorKind::kInvalid, "a digest is of contiguous bytes");
+        const ByteView bytes(data, false);
         Digest digest;
         {
           py::gil_scoped_release release;
-          digest = xxh3_128(info.ptr, static_cast<std::size_t>(info.size * info.itemsize));
+          digest = xxh3_128(bytes.data, bytes.size);
         }
         return to_hex(digest);
       },
       py::arg("data"));
+  py::class_<Coder>(module, "Coder")
+      .def(py::init([](const std::string& codec, const std::vector<std::string>& zstd) {
+             const Effort effort =
+                 codec_named(codec) == Codec::kSmall ? Effort::kSmall : Effort::kFast;
+             const std::shared_ptr<const Zstd> library = open_zstd(zstd);
+             return std::make_unique<Coder>(
+                 Coder{PlanesEncoder(library, effort), PlanesDecoder(library)});
+           }),
+           py::kw_only(), py::arg("codec"), py::arg("zstd"))
+      .def(
+          "encode",
+          [](Coder& coder, unsigned element, const py::buffer& raw, const py::buffer& out) {
+            const ByteView from(raw, false), to(out, true);
+            const Element type = checked_element(element);
+            if (from.size % element_width(type) != 0 || to.size < from.size)
+              throw Error(ErrorKind::kInvalid, "these bytes cannot be encoded into this buffer");
+            py::gil_scoped_release release;
+            return coder.encoder.encode(type, from.data, from.size, to.data);
+          },
+          py::arg("element"), py::arg("raw"), py::arg("out"))
+      .def(
+          "decode",
+          [](Coder& coder, unsigned element, const py::buffer& encoded, const py::buffer& out) {
+            const ByteView from(encoded, false), to(out, true);
+            const Element type = checked_element(element);
+            py::gil_scoped_release release;
+            return coder.decoder.decode(type, from.data, from.size, to.data, to.size);
+          },
+          py::arg("element"), py::arg("encoded"), py::arg("out"));
   module.def(
       "has_zstd", [](const std::vector<std::string>& names) { return open_zstd(names) != nullptr; },
       py::arg("names"));

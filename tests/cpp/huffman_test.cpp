@@ -227,6 +227,11 @@ TEST(a_payload_by_hand_with_an_escape) {
   CHECK(!decode(payload_of(three_codes(), streams, 'b', {'x'}), 8).has_value());
   CHECK(!decode(payload_of(three_codes(), streams, 'b', {'x', 'y', 'z'}), 8).has_value());
   CHECK(!decode(payload_of(three_codes(), streams, 'd', {'x', 'y'}), 8).has_value());
+  CHECK(!decode(payload_of(three_codes(), streams, 'd'), 8).has_value());
+  Bytes unused = payload_of(three_codes(), streams);
+  CHECK(decode(unused, 8).has_value());
+  unused[1] = 'd';
+  CHECK(!decode(unused, 8).has_value());
   Bytes without = payload_of(three_codes(), streams, 'b', {'x', 'y'});
   without[0] = 0;
   CHECK(!decode(without, 8).has_value());
