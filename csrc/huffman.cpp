@@ -191,8 +191,8 @@ class Symbols {
     }
   }
 
-  static constexpr std::uint32_t kEscaped = 1U << 31;
-  // The length in the low byte, the code from bit 8.
+  static constexpr std::uint32_t kEscaped = 1U << 7;
+  // The length in the low bits, the code from bit 8.
   const std::uint32_t* words() const { return words_.data(); }
   // Low byte of the code; and its high bits, the length from bit 3, and bit 7 of what is escaped.
   const std::uint8_t* low() const { return low_.data(); }
@@ -219,8 +219,10 @@ struct BitWriter {
 };
 
 // Appends `size` symbols; true if one of them was escaped.
-bool write_symbols(BitWriter& writer, const std::uint32_t* words, const std::uint8_t* symbols,
-                   std::size_t size) {
+inline __attribute__((always_inline)) bool write_piece(BitWriter& writer,
+                                                       const std::uint32_t* words,
+                                                       const std::uint8_t* symbols,
+                                                       std::size_t size) {
   constexpr std::size_t kGroup = 5;  // codes of full length and 7 bits before them fit in a word
   static_assert(kGroup * kLongestCode + 7 < 64);
   std::uint32_t any = 0;
@@ -229,7 +231,7 @@ bool write_symbols(BitWriter& writer, const std::uint32_t* words, const std::uin
   const auto put = [&](std::uint8_t symbol) {
     const std::uint32_t word = words[symbol];
     any |= word;
-    w.bits |= static_cast<std::uint64_t>(word << 1 >> 9) << w.count;
+    w.bits |= static_cast<std::uint64_t>(word >> 8) << w.count;
     w.count += word & 63;
   };
   for (; i + kGroup <= size; i += kGroup) {
@@ -242,9 +244,31 @@ bool write_symbols(BitWriter& writer, const std::uint32_t* words, const std::uin
   return (any & Symbols::kEscaped) != 0;
 }
 
+// Appends `size` symbols, and marks the pieces of them that have an escape.
+inline __attribute__((always_inline)) void write_pieces(BitWriter& writer,
+                                                        const std::uint32_t* words,
+                                                        const std::uint8_t* symbols,
+                                                        std::size_t size, std::uint8_t* escaped) {
+  for (std::size_t start = 0; start < size; start += kPiece)
+    *escaped++ = write_piece(writer, words, symbols + start, std::min(kPiece, size - start));
+}
+
+void write_pieces_portable(BitWriter& writer, const std::uint32_t* words,
+                           const std::uint8_t* symbols, std::size_t size, std::uint8_t* escaped) {
+  write_pieces(writer, words, symbols, size, escaped);
+}
+
 using Writers = std::array<BitWriter, kStreams>;
 
 #if defined(__x86_64__)
+
+// Shifts by a variable are one instruction there.
+__attribute__((target("bmi2"))) void write_pieces_bmi2(BitWriter& writer,
+                                                       const std::uint32_t* words,
+                                                       const std::uint8_t* symbols,
+                                                       std::size_t size, std::uint8_t* escaped) {
+  write_pieces(writer, words, symbols, size, escaped);
+}
 
 // GCC 12 takes the undefined operands inside its own intrinsics for mistakes of their callers.
 #pragma GCC diagnostic push
@@ -403,22 +427,20 @@ std::size_t HuffmanEncoder::encode(const std::uint8_t* plane, std::size_t size, 
   Writers writers;
   for (std::size_t s = 0; s < kStreams; ++s) writers[s] = {streams_.data() + s * room, 0, 0};
   std::size_t done = 0;  // pieces of every segment
+  auto write_rest = write_pieces_portable;
 #if defined(__x86_64__)
   if (path == SimdPath::kAvx512 && cpu_has_vbmi()) {
     done = segment / kPiece;
     write_pieces_vbmi(writers, symbols, plane, segment, done, escaped_.data(), pieces);
   }
+  if (path != SimdPath::kPortable && __builtin_cpu_supports("bmi2")) write_rest = write_pieces_bmi2;
 #endif
   static_cast<void>(path);
   std::size_t total = kHeader;
   for (std::size_t s = 0; s < kStreams; ++s) {
-    const std::uint8_t* start = plane + segment_start(size, s);
-    const std::size_t length = segment_start(size, s + 1) - segment_start(size, s);
-    for (std::size_t piece = done; piece * kPiece < length; ++piece) {
-      escaped_[s * pieces + piece] =
-          write_symbols(writers[s], symbols.words(), start + piece * kPiece,
-                        std::min(kPiece, length - piece * kPiece));
-    }
+    const std::size_t start = segment_start(size, s) + done * kPiece;
+    write_rest(writers[s], symbols.words(), plane + start, segment_start(size, s + 1) - start,
+               escaped_.data() + s * pieces + done);
     writers[s].next += writers[s].count > 0;
     total += static_cast<std::size_t>(writers[s].next - (streams_.data() + s * room));
   }

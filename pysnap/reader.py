@@ -729,7 +729,7 @@ def _decode_stream(data: bytes, count: int, symbols: Array, lengths: Array) -> A
     jumps = [np.minimum(np.arange(end + 1) + lengths[found], end)]
     for _ in range(4):
         jumps.append(jumps[-1][jumps[-1]])
-    far, place, followed = memoryview(jumps.pop()), 0, []
+    far, place, followed = jumps.pop().data, 0, []
     for _ in range(0, count, 16):
         followed.append(place)
         place = far[place]
