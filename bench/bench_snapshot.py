@@ -96,7 +96,7 @@ def measurements(plan: Plan) -> list[Measurement]:
     bounds: dict[str, int | None] = {
         peers.PYSNAP: None,
         peers.PYSNAP_OVERLAP: None,
-        peers.PYSNAP_PLANES: None,
+        peers.PYSNAP_FAST: None,
         peers.PYSNAP_RAW: None,
         peers.PYSNAP_BOUNDED: plan.bound,
     }

@@ -234,7 +234,7 @@ def _state_dict(parts: Parts) -> dict[str, Any]:
 
 
 PYSNAP = "pysnap"
-PYSNAP_PLANES = "pysnap, codec planes"
+PYSNAP_FAST = "pysnap, codec fast"
 PYSNAP_RAW = "pysnap, codec none"
 PYSNAP_BOUNDED = "pysnap, bounded"
 PYSNAP_OVERLAP = "pysnap, overlap"
@@ -252,7 +252,7 @@ def open_saver(subject: str, parts: Parts, directory: Path, host_memory: int | N
     makers: dict[str, Callable[[], Saver]] = {
         PYSNAP: lambda: Pysnap(parts, directory, host_memory=host_memory),
         PYSNAP_OVERLAP: lambda: Pysnap(parts, directory, overlap=True, host_memory=host_memory),
-        PYSNAP_PLANES: lambda: Pysnap(parts, directory, codec="planes", host_memory=host_memory),
+        PYSNAP_FAST: lambda: Pysnap(parts, directory, codec="fast", host_memory=host_memory),
         PYSNAP_RAW: lambda: Pysnap(parts, directory, codec="none", host_memory=host_memory),
         PYSNAP_BOUNDED: lambda: Pysnap(parts, directory, host_memory=host_memory),
         TORCH_SAVE: lambda: TorchSave(parts, directory),

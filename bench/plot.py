@@ -16,7 +16,7 @@ _OURS, _THEIRS, _FLOOR, _DOT = "#1f77b4", "#9aa0a6", "#d62728", "#202124"
 _OUR_NAMES = (
     peers.PYSNAP,
     peers.PYSNAP_OVERLAP,
-    peers.PYSNAP_PLANES,
+    peers.PYSNAP_FAST,
     peers.PYSNAP_RAW,
     peers.PYSNAP_BOUNDED,
 )

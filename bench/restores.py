@@ -46,7 +46,7 @@ def measure(
         )
         for subject, codec in (
             (peers.PYSNAP, "auto"),
-            (peers.PYSNAP_PLANES, "planes"),
+            (peers.PYSNAP_FAST, "fast"),
             (peers.PYSNAP_RAW, "none"),
         )
     }

@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+import zstandard
 from floors import Buffer, MemcpyFloor, write_and_sync
 from pytest_benchmark.fixture import BenchmarkFixture
 from state import State
+from trained import KINDS, Trained, train
 
 from pysnap import _engine, tree
 from pysnap.capture import Stager
@@ -32,9 +34,11 @@ from pysnap.zstd import zstd_libraries
 
 PARAMETERS = 8_000_000
 CHUNK_SIZE = 4 * 2**20
-CODECS = {"planes": zstd_libraries(), "none": []}
+CODECS = ("fast", "none")
+ZSTD = zstd_libraries()
 THREADS = _engine.available_processors()
 ROUNDS = 5
+TRAINED_STEPS = 200
 
 
 def rounds(
@@ -94,8 +98,8 @@ class Engine:
             copy_threads=THREADS,
             nice=0,
             direct_io=True,
-            zstd=CODECS[codec],
-            adaptive=False,
+            codec=codec,
+            zstd=ZSTD,
         )
         self.engine.reserve(plan.stream)
         self.engine.wait_reserved()
@@ -185,7 +189,7 @@ def test_encode(
     chunks, size = write_pack(engine.staged(), path)
     assert _verify(path, size, chunks) == []
     smaller = int(chunks["stored"].sum(dtype=np.uint64)) < plan.stream
-    assert smaller == (codec == "planes")
+    assert smaller == (codec == "fast")
 
 
 @pytest.mark.benchmark(group="encode")
@@ -262,7 +266,7 @@ def test_restore(
             chunks=chunks,
             targets=targets,
             threads=THREADS,
-            zstd=CODECS["planes"],
+            zstd=ZSTD,
         ),
     )
     for tensor, expected in zip(restored, state.tensors().values(), strict=True):
@@ -285,6 +289,87 @@ def test_restore_floor_plain_file(
 
     rounds(benchmark, read)
     assert target.view == floor.buffer.view
+
+
+# Chunk: one core encodes and decodes chunks of a model that was trained; the floors are memcpy,
+# and zstd at level 1 on the same bytes.
+
+
+@pytest.fixture(scope="module")
+def trained(request: pytest.FixtureRequest) -> dict[str, Trained]:
+    return train(TRAINED_STEPS if request.config.getoption("--benchmark-enable") else 1)
+
+
+def _chunks(data: memoryview) -> list[memoryview]:
+    return [data[start : start + CHUNK_SIZE] for start in range(0, len(data), CHUNK_SIZE)]
+
+
+@pytest.mark.benchmark(group="chunk encode")
+@pytest.mark.parametrize("coder", ["pysnap", "zstd", "memcpy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunk_encode(
+    benchmark: BenchmarkFixture, trained: dict[str, Trained], kind: str, coder: str
+) -> None:
+    data = trained[kind]
+    encode = _encoder(coder, data.element)
+    benchmark.group = f"encode {kind}"
+    rounds(benchmark, lambda: [encode(chunk) for chunk in _chunks(data.bytes)])
+    stored = sum(len(encode(chunk)) or len(chunk) for chunk in _chunks(data.bytes))
+    benchmark.extra_info["stored / raw"] = stored / len(data.bytes)
+    assert (stored < len(data.bytes)) == (coder != "memcpy")
+
+
+@pytest.mark.benchmark(group="chunk decode")
+@pytest.mark.parametrize("coder", ["pysnap", "zstd", "memcpy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunk_decode(
+    benchmark: BenchmarkFixture, trained: dict[str, Trained], kind: str, coder: str
+) -> None:
+    data = trained[kind]
+    encode, decode = _encoder(coder, data.element), _decoder(coder, data.element)
+    encoded = [(bytes(encode(chunk)), chunk) for chunk in _chunks(data.bytes)]
+    benchmark.group = f"decode {kind}"
+    rounds(benchmark, lambda: [decode(stored, len(chunk)) for stored, chunk in encoded])
+    for stored, chunk in encoded:
+        assert decode(stored, len(chunk)) == chunk
+
+
+def _encoder(coder: str, element: int) -> Callable[[memoryview], memoryview]:
+    """Encodes into a buffer that the next call uses again."""
+    out = memoryview(bytearray(2 * CHUNK_SIZE))
+    if coder == "pysnap":
+        own = _engine.Coder(codec="fast", zstd=ZSTD)
+        return lambda raw: out[: own.encode(element, raw, out)]
+    if coder == "zstd":
+        zstd = zstandard.ZstdCompressor(level=1)
+        return lambda raw: memoryview(zstd.compress(raw))
+
+    def copy(raw: memoryview) -> memoryview:
+        out[: len(raw)] = raw
+        return out[: len(raw)]
+
+    return copy
+
+
+def _decoder(coder: str, element: int) -> Callable[[bytes, int], memoryview]:
+    out = memoryview(bytearray(CHUNK_SIZE))
+    if coder == "pysnap":
+        own = _engine.Coder(codec="fast", zstd=ZSTD)
+
+        def decode(stored: bytes, raw: int) -> memoryview:
+            assert own.decode(element, stored, out[:raw])
+            return out[:raw]
+
+        return decode
+    if coder == "zstd":
+        zstd = zstandard.ZstdDecompressor()
+        return lambda stored, _raw: memoryview(zstd.decompress(stored))
+
+    def copy(stored: bytes, raw: int) -> memoryview:
+        out[:raw] = stored
+        return out[:raw]
+
+    return copy
 
 
 # Digest: of one chunk, as the workers take it; the floors read it, and check it as torch.save does.
@@ -363,7 +448,7 @@ def _encode(state: State) -> tuple[Any, list[Leaf]]:
 @pytest.fixture(scope="module")
 def manifest(state: State, plan: Plan) -> Manifest:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        engine = Engine(plan, "planes")
+        engine = Engine(plan, "fast")
         chunks, size = write_pack(engine.staged(), Path(folder) / "0.pack")
         engine.engine.close()
     return Manifest(
@@ -404,6 +489,4 @@ def test_manifest_floor_json(benchmark: BenchmarkFixture, manifest: Manifest, wa
 
 def _verify(path: Path, size: int, chunks: Any) -> list[tuple[int, str]]:
     assert os.path.getsize(path) == size
-    return _engine.verify(
-        packs=[(str(path), size)], chunks=chunks, threads=THREADS, zstd=CODECS["planes"]
-    )
+    return _engine.verify(packs=[(str(path), size)], chunks=chunks, threads=THREADS, zstd=ZSTD)

@@ -21,17 +21,17 @@ _BATCH = 8
 _WARM_STEPS = 5
 
 
-class _Model(nn.Module):
+class Model(nn.Module):
     """A small causal transformer over bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = _WIDTH) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(_VOCABULARY, _WIDTH)
+        self.embedding = nn.Embedding(_VOCABULARY, width)
         layer = nn.TransformerEncoderLayer(
-            _WIDTH, 4, 4 * _WIDTH, dropout=0.1, batch_first=True, norm_first=True
+            width, 4, 4 * width, dropout=0.1, batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(_WIDTH, _VOCABULARY)
+        self.head = nn.Linear(width, _VOCABULARY)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(_CONTEXT))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class _Training:
     """Real steps (forward, backward, AdamW) on random bytes."""
 
     def __init__(self) -> None:
-        self.model = _Model()
+        self.model = Model()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
 
     def step(self) -> None:

@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "codec.h"
 #include "copy.h"
 #include "cpu.h"
 #include "cuda_driver.h"
@@ -49,6 +50,31 @@ struct SpanRow {
   std::uint32_t raw;
   std::uint8_t element;
 };
+
+// Contiguous bytes of a Python object, while this lives.
+struct ByteView {
+  ByteView(const py::buffer& object, bool writable) : info(object.request(writable)) {
+    if (PyBuffer_IsContiguous(info.view(), 'C') == 0)
+      throw Error(ErrorKind::kInvalid, "the bytes of a buffer must be contiguous");
+    data = static_cast<std::uint8_t*>(info.ptr);
+    size = static_cast<std::size_t>(info.size * info.itemsize);
+  }
+
+  py::buffer_info info;
+  std::uint8_t* data;
+  std::size_t size;
+};
+
+// One chunk at a time, for benchmarks and tests. Not for several threads at once.
+struct Coder {
+  PlanesEncoder encoder;
+  PlanesDecoder decoder;
+};
+
+Element checked_element(unsigned number) {
+  if (number >= kElementCount) throw Error(ErrorKind::kInvalid, "there is no such element");
+  return static_cast<Element>(number);
+}
 
 template <typename Row>
 using Rows = py::array_t<Row, py::array::c_style>;
@@ -133,6 +159,14 @@ auto run_interruptibly(Call call) {
     return call();
   }();
   if (!completed) throw py::error_already_set();
+}
+
+Codec codec_named(const std::string& name) {
+  if (name == "none") return Codec::kNone;
+  if (name == "fast") return Codec::kFast;
+  if (name == "small") return Codec::kSmall;
+  if (name == "auto") return Codec::kAuto;
+  throw Error(ErrorKind::kInvalid, "there is no codec " + name);
 }
 
 std::shared_ptr<const Zstd> open_zstd(const std::vector<std::string>& names) {
@@ -268,16 +302,17 @@ PYBIND11_MODULE(_engine, module) {
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init([](std::size_t chunk_size, std::size_t slots, unsigned workers,
-                       unsigned copy_threads, int nice, bool direct_io,
-                       const std::vector<std::string>& zstd, bool adaptive, double disk_seconds) {
-             EngineOptions options{chunk_size, slots,     workers,         copy_threads,
-                                   nice,       direct_io, open_zstd(zstd), adaptive};
+                       unsigned copy_threads, int nice, bool direct_io, const std::string& codec,
+                       const std::vector<std::string>& zstd, double disk_seconds) {
+             EngineOptions options{chunk_size,         slots,          workers,
+                                   copy_threads,       nice,           direct_io,
+                                   codec_named(codec), open_zstd(zstd)};
              options.disk_timeout = std::chrono::milliseconds(std::llround(disk_seconds * 1e3));
              return Engine::create(std::move(options));
            }),
            py::kw_only(), py::arg("chunk_size"), py::arg("slots"), py::arg("workers"),
-           py::arg("copy_threads"), py::arg("nice"), py::arg("direct_io"), py::arg("zstd"),
-           py::arg("adaptive"), py::arg("disk_seconds") = 60.0)
+           py::arg("copy_threads"), py::arg("nice"), py::arg("direct_io"), py::arg("codec"),
+           py::arg("zstd"), py::arg("disk_seconds") = 60.0)
       .def("reserve", &Engine::reserve, py::arg("size"),
            py::arg("devices") = std::vector<DeviceIndex>(), py::arg("eager") = 0,
            py::call_guard<py::gil_scoped_release>())
@@ -338,17 +373,44 @@ PYBIND11_MODULE(_engine, module) {
   module.def(
       "digest",
       [](const py::buffer& data) {
-        const py::buffer_info info = data.request();
-        if (PyBuffer_IsContiguous(info.view(), 'C') == 0)
-          throw Error(ErrorKind::kInvalid, "a digest is of contiguous bytes");
+        const ByteView bytes(data, false);
         Digest digest;
         {
           py::gil_scoped_release release;
-          digest = xxh3_128(info.ptr, static_cast<std::size_t>(info.size * info.itemsize));
+          digest = xxh3_128(bytes.data, bytes.size);
         }
         return to_hex(digest);
       },
       py::arg("data"));
+  py::class_<Coder>(module, "Coder")
+      .def(py::init([](const std::string& codec, const std::vector<std::string>& zstd) {
+             const Effort effort =
+                 codec_named(codec) == Codec::kSmall ? Effort::kSmall : Effort::kFast;
+             const std::shared_ptr<const Zstd> library = open_zstd(zstd);
+             return std::make_unique<Coder>(
+                 Coder{PlanesEncoder(library, effort), PlanesDecoder(library)});
+           }),
+           py::kw_only(), py::arg("codec"), py::arg("zstd"))
+      .def(
+          "encode",
+          [](Coder& coder, unsigned element, const py::buffer& raw, const py::buffer& out) {
+            const ByteView from(raw, false), to(out, true);
+            const Element type = checked_element(element);
+            if (from.size % element_width(type) != 0 || to.size < from.size)
+              throw Error(ErrorKind::kInvalid, "these bytes cannot be encoded into this buffer");
+            py::gil_scoped_release release;
+            return coder.encoder.encode(type, from.data, from.size, to.data);
+          },
+          py::arg("element"), py::arg("raw"), py::arg("out"))
+      .def(
+          "decode",
+          [](Coder& coder, unsigned element, const py::buffer& encoded, const py::buffer& out) {
+            const ByteView from(encoded, false), to(out, true);
+            const Element type = checked_element(element);
+            py::gil_scoped_release release;
+            return coder.decoder.decode(type, from.data, from.size, to.data, to.size);
+          },
+          py::arg("element"), py::arg("encoded"), py::arg("out"));
   module.def(
       "has_zstd", [](const std::vector<std::string>& names) { return open_zstd(names) != nullptr; },
       py::arg("names"));

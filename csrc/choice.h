@@ -1,4 +1,4 @@
-// choice.h: whether a chunk is encoded before it is written, where it should be written soon.
+// choice.h: whether a chunk is encoded before it is written.
 #pragma once
 
 #include <array>
@@ -8,29 +8,36 @@
 
 namespace pysnap {
 
-// Learns how long a worker takes for a byte, encoded and raw, and chooses the shorter: raw on a
-// disk that is faster than the encoder, encoded on one that is slower. Chunks of one element type
-// are alike, so each type is learnt by itself. The way not chosen is tried again now and then, so
-// seldom that it costs a hundredth of the time. Not thread safe.
+// Learns how long a worker takes for a byte when all workers encode, and when all write raw, and
+// goes the shorter way: raw where the disk is faster than encoders on the cores that training
+// leaves, encoded where it is slower, and where both take as long, for the files are smaller. All
+// go the same way for some chunks before it is judged, as they share the disk and the cores: a
+// worker alone that encodes would pay for it, and the others have what it spares of the disk.
+// Chunks of one element type are alike, so each type is learnt by itself. The other way is tried
+// again now and then, so seldom that it costs a fiftieth of the time. Not thread safe.
 class Choice {
  public:
+  explicit Choice(unsigned workers) : workers_(workers) {}
+
   // For the next chunk of this type.
-  bool encodes(Element element);
+  bool encodes(Element element) const;
   // How long a chunk of `size` raw bytes took, from its digest until it was written.
   void learn(Element element, bool encoded, std::size_t size, double seconds);
 
-  struct Way {
-    unsigned tried = 0;
-    double seconds_per_byte = 0;
-  };
-
  private:
   struct Learnt {
-    Way raw, encoded;
-    unsigned since_trial = 0;  // chunks
-    double spared = 0;         // seconds that a trial may cost; below zero: the last cost too much
+    // Seconds per byte, raw and encoded; 0 is not known yet.
+    std::array<double, 2> ways{};
+    bool encodes = true;  // the way that is gone now
+    bool trial = true;
+    unsigned chunks = 0;  // that went this way since it is gone
+    double sum = 0;       // of their seconds per byte in a trial
+    double spared = 0;    // seconds that a trial may cost; below zero: the last took more
   };
+  static bool prefers_encoded(const Learnt& learnt);
+  static void turn(Learnt& learnt, bool trial);
 
+  const unsigned workers_;
   std::array<Learnt, kElementCount> learnt_;
 };
 

@@ -7,6 +7,7 @@
 
 #include "error.h"
 #include "planes.h"
+#include "seven_bits.h"
 
 namespace pysnap {
 
@@ -20,6 +21,8 @@ constexpr std::uint8_t kFlagMap = 1;
 constexpr std::uint8_t kMethodRaw = 0;
 constexpr std::uint8_t kMethodConstant = 1;
 constexpr std::uint8_t kMethodZstd = 2;
+constexpr std::uint8_t kMethodHuffman = 3;
+constexpr std::uint8_t kMethodSevenBits = 4;
 
 // Thresholds found by measurement on weights and Adam states; they change sizes and speed, never
 // what a reader sees.
@@ -27,7 +30,14 @@ constexpr std::size_t kSampledLines = 128;
 constexpr std::size_t kZeroLinesWorthMap = 13;
 constexpr std::size_t kSampleRuns = 16;
 constexpr std::size_t kSampleRunLength = 64;
+constexpr std::size_t kSampled = kSampleRuns * kSampleRunLength;
 constexpr double kEntropyWorthCoding = 7.5;
+// Above it, matches are rare even in integers.
+constexpr double kEntropyWithoutMatches = 6;
+// Above it, a code saves little over seven bits, and takes longer.
+constexpr double kEntropyOfSevenBits = 6.3;
+// Elements that are split at a time, so that all their planes are taken while they are in a cache.
+constexpr std::size_t kTile = 4096;
 
 bool is_float(Element element) { return element >= Element::kF16; }
 
@@ -54,22 +64,23 @@ bool is_constant(const std::uint8_t* plane, std::size_t size) {
 }
 
 // Bits per byte, from a sample, with the Miller-Madow correction for its smallness.
-double estimate_entropy(const std::uint8_t* plane, std::size_t size) {
+double estimate_entropy(const std::uint8_t* sample, std::size_t size) {
+  static const std::array<double, kSampled + 1> kCountTimesLog = [] {
+    std::array<double, kSampled + 1> table{};
+    for (std::size_t i = 1; i < table.size(); ++i)
+      table[i] = static_cast<double>(i) * std::log2(static_cast<double>(i));
+    return table;
+  }();
   std::array<unsigned, 256> counts{};
-  const std::size_t run = std::min(kSampleRunLength, size);
-  for (std::size_t r = 0; r < kSampleRuns; ++r) {
-    const std::uint8_t* start = plane + (size - run) * r / (kSampleRuns - 1);
-    for (std::size_t i = 0; i < run; ++i) ++counts[start[i]];
-  }
-  const double total = static_cast<double>(kSampleRuns * run);
-  double entropy = 0;
+  for (std::size_t i = 0; i < size; ++i) ++counts[sample[i]];
+  double sum = 0;
   unsigned symbols = 0;
-  for (unsigned count : counts) {
-    if (count == 0) continue;
-    ++symbols;
-    entropy -= count / total * std::log2(count / total);
+  for (const unsigned count : counts) {
+    sum += kCountTimesLog[count];
+    symbols += count > 0;
   }
-  return entropy + (symbols - 1) / (2 * total * std::log(2.0));
+  const double total = static_cast<double>(size);
+  return (kCountTimesLog[size] - sum) / total + (symbols - 1) / (2 * total * std::log(2.0));
 }
 
 void put_u32(std::uint8_t* to, std::size_t value) {
@@ -121,20 +132,56 @@ class PlanesEncoder::Output {
   std::size_t used_ = 0;
 };
 
-PlanesEncoder::PlanesEncoder(std::shared_ptr<const Zstd> zstd)
-    : entropy_(zstd, ZstdRecipe::kEntropy),
-      matches_(zstd, ZstdRecipe::kMatches),
-      kept_(kBlock),
-      planes_(kBlock) {}
+PlanesEncoder::PlanesEncoder(std::shared_ptr<const Zstd> zstd, Effort effort)
+    : effort_(effort), kept_(kBlock), plane_(kBlock) {
+  if (effort == Effort::kSmall) trial_.resize(kBlock);
+  if (zstd == nullptr) return;
+  if (effort == Effort::kSmall) {
+    entropy_.emplace(zstd, ZstdRecipe::kEntropy);
+    thorough_.emplace(zstd, ZstdRecipe::kThorough);
+  } else {
+    matches_.emplace(zstd, ZstdRecipe::kMatches);
+  }
+}
 
 std::size_t PlanesEncoder::encode(Element element, const std::uint8_t* raw, std::size_t size,
                                   std::uint8_t* out) {
   if (size == 0) return 0;
+  // Most chunks are of one kind: if nothing is to be gained at the start, noise is left at once.
+  const std::size_t width = element_width(element);
+  std::size_t seen = 0;
+  while (seen < size && !is_worth({element, raw + seen, std::min(kBlock, size - seen) / width}))
+    seen += kBlock;
+  if (seen >= size) return 0;
   Output output(out, size - 1);
   for (std::size_t done = 0; done < size; done += kBlock) {
     if (!encode_block(element, raw + done, std::min(kBlock, size - done), output)) return 0;
   }
   return output.used();
+}
+
+// The methods that are tried for the planes of a block, from the same sampled elements of each.
+PlanesEncoder::Methods PlanesEncoder::choose(const Block& block) const {
+  const std::size_t width = element_width(block.element);
+  std::array<std::uint8_t, 8 * kSampled> samples;
+  const std::size_t run = std::min(kSampleRunLength, block.count);
+  for (std::size_t r = 0; r < kSampleRuns; ++r) {
+    const std::size_t start = (block.count - run) * r / (kSampleRuns - 1);
+    split_planes(block.element, block.raw + start * width, run, samples.data() + r * run, kSampled);
+  }
+  Methods methods{};
+  for (std::size_t p = 0; p < width; ++p)
+    methods[p] = choose(block.element, samples.data() + p * kSampled, kSampleRuns * run);
+  return methods;
+}
+
+// Whether a block promises to become smaller.
+bool PlanesEncoder::is_worth(const Block& block) const {
+  const std::size_t size = block.count * element_width(block.element);
+  if (many_zero_lines(block.raw, size / kLine)) return true;
+  const Methods methods = choose(block);
+  return std::any_of(methods.begin(), methods.end(),
+                     [](std::uint8_t method) { return method != kMethodRaw; });
 }
 
 bool PlanesEncoder::encode_block(Element element, const std::uint8_t* raw, std::size_t size,
@@ -165,33 +212,104 @@ bool PlanesEncoder::encode_block(Element element, const std::uint8_t* raw, std::
   put_u32(header + 4, kept);
   const std::size_t entries = out.used();
   if (out.take(kEntry * width) == nullptr) return false;
-  const std::size_t count = kept / width;
-  split_planes(element, raw, count, planes_.data(), count);
-  for (std::size_t p = 0; p < width; ++p) {
-    if (!encode_plane(element, planes_.data() + p * count, count, out, entries + p * kEntry))
-      return false;
+  const Block block{element, raw, kept / width};
+  const Methods methods = choose(block);
+  for (std::size_t p = 0; p < width;) {
+    if (methods[p] != kMethodRaw) {
+      if (!encode_plane(block, p, methods[p], out, entries + p * kEntry)) return false;
+      ++p;
+      continue;
+    }
+    // Raw planes in a row go to where they stay, all at once.
+    std::size_t last = p + 1;
+    while (last < width && methods[last] == kMethodRaw) ++last;
+    const std::size_t size = (last - p) * block.count;
+    if (size > out.left()) return false;
+    for (std::size_t i = 0; i < block.count; i += kTile) {
+      for (std::size_t k = p; k < last; ++k) {
+        split_plane(element, raw + i * width, std::min(kTile, block.count - i), k,
+                    out.next() + (k - p) * block.count + i);
+      }
+    }
+    out.advance(size);
+    for (; p < last; ++p) {
+      out.at(entries + p * kEntry)[0] = kMethodRaw;
+      put_u32(out.at(entries + p * kEntry) + 4, block.count);
+    }
   }
   return true;
 }
 
-bool PlanesEncoder::encode_plane(Element element, const std::uint8_t* plane, std::size_t size,
+// The method that is tried for a plane, from a sample of it.
+std::uint8_t PlanesEncoder::choose(Element element, const std::uint8_t* sample,
+                                   std::size_t size) const {
+  if (size == 0) return kMethodRaw;
+  if (is_constant(sample, size)) return kMethodConstant;
+  const double entropy = estimate_entropy(sample, size);
+  const bool is_wide = entropy >= kEntropyWorthCoding;
+  // Integers that count look like noise to the sample.
+  if (is_wide && (effort_ == Effort::kFast || is_float(element))) return kMethodRaw;
+  if (entropy > kEntropyOfSevenBits &&
+      std::all_of(sample, sample + size, [](std::uint8_t byte) { return byte < 0x80; }))
+    return kMethodSevenBits;
+  const bool has_matches = !is_float(element) && entropy < kEntropyWithoutMatches;
+  return has_matches && matches_ ? kMethodZstd : kMethodHuffman;
+}
+
+bool PlanesEncoder::encode_plane(const Block& block, std::size_t p, std::uint8_t method,
                                  Output& out, std::size_t entry) {
   const std::size_t start = out.used();
-  std::uint8_t method = kMethodRaw;
-  if (size > 0 && is_constant(plane, size)) {
-    method = kMethodConstant;
-    if (!out.append(plane, 1)) return false;
-  } else if (size > 0 && estimate_entropy(plane, size) < kEntropyWorthCoding) {
-    ZstdCompressor& compressor = is_float(element) ? entropy_ : matches_;
-    const std::size_t written =
-        compressor.compress(plane, size, out.next(), std::min(out.left(), size - 1));
-    if (written > 0) method = kMethodZstd;
-    out.advance(written);
-  }
-  if (method == kMethodRaw && !out.append(plane, size)) return false;
+  split_plane(block.element, block.raw, block.count, p, plane_.data());
+  method = encode_plane(method, plane_.data(), block.count, out);
+  if (method == kMethodRaw && !out.append(plane_.data(), block.count)) return false;
   out.at(entry)[0] = method;
   put_u32(out.at(entry) + 4, out.used() - start);
   return true;
+}
+
+// Returns the method that was used; nothing is written where that is raw.
+std::uint8_t PlanesEncoder::encode_plane(std::uint8_t method, const std::uint8_t* plane,
+                                         std::size_t size, Output& out) {
+  if (method == kMethodConstant) {
+    if (is_constant(plane, size)) return out.append(plane, 1) ? kMethodConstant : kMethodRaw;
+    // It is nearly constant: repeats are longer than one bit each can tell.
+    method = matches_ ? kMethodZstd : kMethodHuffman;
+  }
+  if (effort_ == Effort::kSmall) return encode_smallest(plane, size, out);
+  const std::size_t room = std::min(out.left(), size - 1);
+  std::size_t written = 0;
+  if (method == kMethodSevenBits) {
+    written = seven_bits_size(size);
+    if (written <= room && pack_seven_bits(plane, size, out.next())) {
+      out.advance(written);
+      return method;
+    }
+    method = kMethodHuffman;
+  }
+  written = method == kMethodZstd ? matches_->compress(plane, size, out.next(), room)
+                                  : huffman_.encode(plane, size, out.next(), room);
+  out.advance(written);
+  return written > 0 ? method : kMethodRaw;
+}
+
+std::uint8_t PlanesEncoder::encode_smallest(const std::uint8_t* plane, std::size_t size,
+                                            Output& out) {
+  std::uint8_t best = kMethodRaw;
+  std::size_t smallest = std::min(out.left() + 1, size);
+  const auto keep = [&](std::uint8_t method, std::size_t written) {
+    if (written == 0 || written >= smallest) return;
+    best = method;
+    smallest = written;
+    std::memcpy(out.next(), trial_.data(), written);
+  };
+  keep(kMethodHuffman, huffman_.encode(plane, size, trial_.data(), size - 1));
+  if (size >= 2 && pack_seven_bits(plane, size, trial_.data()))
+    keep(kMethodSevenBits, seven_bits_size(size));
+  for (std::optional<ZstdCompressor>* zstd : {&entropy_, &thorough_}) {
+    if (*zstd) keep(kMethodZstd, (*zstd)->compress(plane, size, trial_.data(), size - 1));
+  }
+  if (best != kMethodRaw) out.advance(smallest);
+  return best;
 }
 
 // The encoded bytes that are left.
@@ -298,6 +416,11 @@ const std::uint8_t* PlanesDecoder::decode_plane(std::uint8_t method, const std::
                     "zstandard package");
       }
       return zstd_->decompress(payload, payload_size, scratch, size) ? scratch : nullptr;
+    case kMethodHuffman:
+      return huffman_.decode(payload, payload_size, scratch, size) ? scratch : nullptr;
+    case kMethodSevenBits:
+      if (payload_size != seven_bits_size(size)) return nullptr;
+      return unpack_seven_bits(payload, size, scratch) ? scratch : nullptr;
     default:
       return nullptr;
   }

@@ -1,12 +1,14 @@
 // codec.h: how the bytes of one chunk are encoded; docs/format.md section 4 is the specification.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <vector>
 
+#include "huffman.h"
 #include "zstd.h"
 
 namespace pysnap {
@@ -26,10 +28,15 @@ enum class Encoding : std::uint8_t { kRaw = 0, kPlanes = 1 };
 
 std::size_t element_width(Element element);
 
-// One thread's encoder: owns its scratch memory (2 MiB) and compressors.
+// What an encoder spends: `kFast` chooses the method of each plane by a sample, `kSmall` tries all
+// of them and takes twenty times as long.
+enum class Effort { kFast, kSmall };
+
+// One thread's encoder: owns its scratch memory (3 MiB) and compressors.
 class PlanesEncoder {
  public:
-  explicit PlanesEncoder(std::shared_ptr<const Zstd> zstd);
+  // Without zstd, only the methods that need none are used.
+  explicit PlanesEncoder(std::shared_ptr<const Zstd> zstd, Effort effort = Effort::kFast);
 
   // Encodes `size` bytes, a multiple of the element's width, into `out`, which holds `size` bytes.
   // Returns the encoded length, or 0 where it would not be smaller than `size`: such a chunk is
@@ -38,14 +45,28 @@ class PlanesEncoder {
 
  private:
   class Output;
+  struct Block {
+    Element element;
+    const std::uint8_t* raw;
+    std::size_t count;  // elements
+  };
   bool encode_block(Element element, const std::uint8_t* raw, std::size_t size, Output& out);
-  bool encode_plane(Element element, const std::uint8_t* plane, std::size_t size, Output& out,
+  using Methods = std::array<std::uint8_t, 8>;  // of the planes
+  Methods choose(const Block& block) const;
+  std::uint8_t choose(Element element, const std::uint8_t* sample, std::size_t size) const;
+  bool is_worth(const Block& block) const;
+  bool encode_plane(const Block& block, std::size_t p, std::uint8_t method, Output& out,
                     std::size_t entry);
+  std::uint8_t encode_plane(std::uint8_t method, const std::uint8_t* plane, std::size_t size,
+                            Output& out);
+  std::uint8_t encode_smallest(const std::uint8_t* plane, std::size_t size, Output& out);
 
-  ZstdCompressor entropy_;
-  ZstdCompressor matches_;
+  const Effort effort_;
+  HuffmanEncoder huffman_;
+  std::optional<ZstdCompressor> entropy_, matches_, thorough_;
   std::vector<std::uint8_t> kept_;
-  std::vector<std::uint8_t> planes_;
+  std::vector<std::uint8_t> plane_;
+  std::vector<std::uint8_t> trial_;
 };
 
 // One thread's decoder. Trusts nothing: every length is checked against what is left.
@@ -67,6 +88,7 @@ class PlanesDecoder {
                                    std::size_t size);
 
   std::optional<ZstdDecompressor> zstd_;
+  HuffmanDecoder huffman_;
   std::vector<std::uint8_t> kept_;
   std::vector<std::uint8_t> planes_;
 };

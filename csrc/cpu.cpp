@@ -51,6 +51,14 @@ SimdPath best_simd_path() noexcept {
   return best;
 }
 
+bool cpu_has_vbmi() noexcept {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512vbmi");
+#else
+  return false;
+#endif
+}
+
 const char* simd_path_name(SimdPath path) noexcept {
   switch (path) {
     case SimdPath::kPortable:

@@ -24,6 +24,10 @@ std::vector<SimdPath> supported_simd_paths();
 // The last of supported_simd_paths().
 SimdPath best_simd_path() noexcept;
 
+// Whether a CPU with the path kAvx512 can also look bytes up in registers (VBMI: Ice Lake, Zen 4
+// and later). Any thread.
+bool cpu_has_vbmi() noexcept;
+
 // "portable", "avx2", "avx512" or "neon".
 const char* simd_path_name(SimdPath path) noexcept;
 

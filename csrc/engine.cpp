@@ -414,7 +414,8 @@ std::shared_ptr<Engine> Engine::create(EngineOptions options) {
 Engine::Engine(EngineOptions options)
     : options_(std::move(options)),
       owner_(::getpid()),
-      pool_(SlotPool::create(options_.chunk_size, options_.slots)) {}
+      pool_(SlotPool::create(options_.chunk_size, options_.slots)),
+      choice_(options_.workers) {}
 
 Engine::~Engine() { close(); }
 
@@ -578,7 +579,8 @@ void Engine::work() {
     try {
       if (encoded && !encoder) {
         out = make_buffer(options_.chunk_size);
-        encoder.emplace(options_.zstd);
+        encoder.emplace(options_.zstd,
+                        options_.codec == Codec::kSmall ? Effort::kSmall : Effort::kFast);
       }
       const auto start = std::chrono::steady_clock::now();
       chunk = write(*pack, span, staged->slot, encoded ? &*encoder : nullptr, out.get());
@@ -602,8 +604,8 @@ void Engine::work() {
 
 // With mutex_ held.
 bool Engine::encodes(Element element) {
-  if (options_.zstd == nullptr) return false;
-  return !options_.adaptive || choice_.encodes(element);
+  if (options_.codec == Codec::kAuto) return choice_.encodes(element);
+  return options_.codec != Codec::kNone;
 }
 
 StoredChunk Engine::write(PackWriter& pack, const Span& span, const Slot& slot,

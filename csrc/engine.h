@@ -40,15 +40,19 @@
 
 namespace pysnap {
 
+// Which chunks are encoded: none; all, quickly; all, for the smallest files; those of which it is
+// predicted that their snapshot is durable as soon so (see Choice).
+enum class Codec { kNone, kFast, kSmall, kAuto };
+
 struct EngineOptions {
   std::size_t chunk_size = 4u << 20;  // also the size of a slot; a multiple of kPageSize
   std::size_t slots = 64;             // bound of the staging memory; at least 2
   unsigned workers = 2;
   unsigned copy_threads = 2;
-  int nice = 10;                     // of the workers
-  bool direct_io = true;             // where the file system can
-  std::shared_ptr<const Zstd> zstd;  // null: every chunk is stored raw
-  bool adaptive = false;             // encode only chunks that are written sooner so (see Choice)
+  int nice = 10;          // of the workers
+  bool direct_io = true;  // where the file system can
+  Codec codec = Codec::kNone;
+  std::shared_ptr<const Zstd> zstd;  // null: only what needs none is used
   std::chrono::milliseconds device_timeout = kDeviceTimeout;
   // How long a caller waits for a slot while nothing moves: a disk that is dead must not stop it.
   std::chrono::milliseconds disk_timeout{60'000};

@@ -100,6 +100,24 @@ struct Split {
   }
 };
 
+struct SplitOne {
+  const std::uint8_t* raw;
+  std::size_t count;
+  std::size_t p;
+  std::uint8_t* plane;
+
+  template <typename Word, typename IsFloat>
+  PYSNAP_INLINE void operator()(Word, IsFloat) const {
+    split_if<Word, IsFloat::value>(std::make_index_sequence<sizeof(Word)>());
+  }
+
+ private:
+  template <typename Word, bool kFloat, std::size_t... P>
+  PYSNAP_INLINE void split_if(std::index_sequence<P...>) const {
+    ((p == P ? split_one<Word, kFloat, P>(raw, count, plane) : void()), ...);
+  }
+};
+
 struct Merge {
   const std::uint8_t* const* planes;
   std::size_t count;
@@ -143,6 +161,11 @@ void run(Element element, Body body, SimdPath path) {
 void split_planes(Element element, const std::uint8_t* raw, std::size_t count, std::uint8_t* planes,
                   std::size_t stride, SimdPath path) {
   run(element, Split{raw, count, planes, stride}, path);
+}
+
+void split_plane(Element element, const std::uint8_t* raw, std::size_t count, std::size_t p,
+                 std::uint8_t* plane, SimdPath path) {
+  run(element, SplitOne{raw, count, p, plane}, path);
 }
 
 void merge_planes(Element element, const std::uint8_t* const* planes, std::size_t count,

@@ -15,6 +15,10 @@ namespace pysnap {
 void split_planes(Element element, const std::uint8_t* raw, std::size_t count, std::uint8_t* planes,
                   std::size_t stride, SimdPath path = best_simd_path());
 
+// Plane `p` alone.
+void split_plane(Element element, const std::uint8_t* raw, std::size_t count, std::size_t p,
+                 std::uint8_t* plane, SimdPath path = best_simd_path());
+
 // The inverse. planes[p] points to `count` bytes.
 void merge_planes(Element element, const std::uint8_t* const* planes, std::size_t count,
                   std::uint8_t* raw, SimdPath path = best_simd_path());

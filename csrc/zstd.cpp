@@ -51,7 +51,7 @@ ZstdCompressor::ZstdCompressor(std::shared_ptr<const Zstd> zstd, ZstdRecipe reci
   auto set = [&](int parameter, int value) {
     zstd_->set_parameter_(context_.get(), parameter, value);
   };
-  set(kCompressionLevel, 1);
+  set(kCompressionLevel, recipe == ZstdRecipe::kThorough ? 9 : 1);
   if (recipe == ZstdRecipe::kEntropy) {
     // Short hash, long minimal match and a huge step: the match finder runs through and only
     // literals are coded. A library that refuses a parameter still writes valid frames.

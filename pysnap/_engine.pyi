@@ -55,12 +55,12 @@ class Engine:
         copy_threads: int,
         nice: int,
         direct_io: bool,
+        codec: str,
         zstd: Sequence[str],
-        adaptive: bool,
         disk_seconds: float = ...,
     ) -> None:
-        """Without `zstd` every chunk is stored raw; `adaptive`: those that are written sooner
-        so. `disk_seconds`: how long `capture` and `gate` wait for a disk that takes nothing."""
+        """`codec` is that of the setting; without `zstd` integers are stored larger.
+        `disk_seconds`: how long `capture` and `gate` wait for a disk that takes nothing."""
 
     def reserve(self, size: int, devices: Sequence[int] = ..., eager: int = 0) -> None:
         """Have staging memory made ready in the background, pinned where `devices` has a CUDA
@@ -94,6 +94,17 @@ def verify(
     threads: int,
     zstd: Sequence[str],
 ) -> list[tuple[int, str]]: ...
+
+class Coder:
+    """The encoder and decoder of one thread, for benchmarks and tests."""
+
+    def __init__(self, *, codec: str, zstd: Sequence[str]) -> None: ...
+    def encode(self, element: int, raw: Buffer, out: Buffer) -> int:
+        """Encode into `out`, which is as large as `raw`; the length, 0 where it is not smaller."""
+
+    def decode(self, element: int, encoded: Buffer, out: Buffer) -> bool:
+        """False unless `encoded` holds exactly the bytes of `out`, which then has rubbish."""
+
 def digest(data: Buffer) -> str: ...
 def has_zstd(names: Sequence[str]) -> bool: ...
 def call_in_main_thread(call: Callable[[], object]) -> bool:

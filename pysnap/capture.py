@@ -70,18 +70,18 @@ class Stager:
         zstd = [] if config.codec == "none" else zstd_libraries()
         if zstd and not _engine.has_zstd(zstd):
             _log.warning(
-                "no libzstd is found: chunks are stored as they are; install the zstandard package"
+                "no libzstd is found: integers are stored larger; install the zstandard package"
             )
             zstd = []
         self._engine = _engine.Engine(
             chunk_size=config.chunk_size,
             slots=max(2, bound // config.chunk_size),
-            workers=config.workers or min(8, max(2, cores // 2)),
+            workers=config.workers or min(8, max(3, cores // 2)),
             copy_threads=config.copy_threads or min(8, cores),
             nice=config.nice,
             direct_io=config.direct_io,
+            codec=config.codec,
             zstd=zstd,
-            adaptive=config.codec == "auto",
             disk_seconds=DISK_SECONDS,
         )
         self._steady: _Steady | None = None

@@ -144,11 +144,11 @@ SETTINGS = (
     ),
     Setting(
         "codec",
-        _one_of("auto", "planes", "none"),
+        _one_of("auto", "none", "fast", "small"),
         "auto",
         "auto",
-        "which chunks are encoded: `auto` (those that are written sooner so), `planes` (all, for "
-        "the smallest files), `none`",
+        "which chunks are encoded: `auto` (those that are written as soon so), `fast` (all), "
+        "`small` (all, for the smallest files, at a fraction of the speed), `none`",
     ),
     Setting(
         "chunk_size",
@@ -161,7 +161,7 @@ SETTINGS = (
         "workers",
         parse_count,
         0,
-        "half of the cores, 2 to 8",
+        "half of the cores, 3 to 8",
         "background threads that encode and write",
     ),
     Setting(
@@ -226,7 +226,7 @@ class Config:
     resume: str | None
     overlap: bool
     host_memory: int | None
-    codec: Literal["auto", "planes", "none"]
+    codec: Literal["auto", "none", "fast", "small"]
     chunk_size: int
     workers: int
     copy_threads: int
@@ -308,8 +308,8 @@ class Config:
             or self.host_memory < 2 * self.chunk_size
         ):
             refuse("host_memory", f"a number of bytes, at least two chunks ({2 * self.chunk_size})")
-        if self.codec not in ("auto", "planes", "none"):
-            refuse("codec", "auto, planes or none")
+        if self.codec not in ("auto", "none", "fast", "small"):
+            refuse("codec", "auto, none, fast or small")
         if self.on_error not in ("warn", "raise"):
             refuse("on_error", "warn or raise")
         for name in ("grace", "mtbf"):

@@ -64,6 +64,8 @@ _MAX_WINDOW = 2**23
 _ALIGNMENT = 4096
 _BLOCK = 2**20
 _LINE = 64
+_STREAMS = 8  # of a plane in a Huffman code
+_LONGEST_CODE = 11  # bits
 _CACHED_CHUNKS = 4
 
 
@@ -668,9 +670,77 @@ def _decode_plane(method: int, payload: bytes, size: int) -> Array:
         except zstandard.ZstdError as error:
             raise ReaderError(f"a zstd frame is damaged: {error}") from error
         method = 0
+    if method == 3:
+        return _decode_huffman(_Bytes(payload), size)
+    if method == 4 and len(payload) == -(-7 * size // 8):
+        bits = np.unpackbits(np.frombuffer(payload, np.uint8), bitorder="little")
+        if bits[7 * size :].any():
+            raise ReaderError("bits follow the last of a plane")
+        return np.packbits(bits[: 7 * size].reshape(size, 7), axis=1, bitorder="little")[:, 0]
     if method != 0 or len(payload) != size:
         raise ReaderError("a plane has an unknown method or another length than its block")
     return np.frombuffer(payload, np.uint8)
+
+
+def _decode_huffman(source: _Bytes, size: int) -> Array:
+    has_escape, escape, reserved, literals = struct.unpack("<BBHI", source.take(8))
+    nibbles = np.frombuffer(source.take(128), np.uint8)
+    lengths = np.stack((nibbles & 15, nibbles >> 4), axis=1).reshape(-1).astype(np.intp)
+    sizes = struct.unpack(f"<{_STREAMS}I", source.take(4 * _STREAMS))
+    used = (
+        int((2 ** (_LONGEST_CODE - lengths[lengths > 0])).sum())
+        if lengths.max() <= _LONGEST_CODE
+        else 0
+    )
+    if has_escape > 1 or reserved or used != 2**_LONGEST_CODE:
+        raise ReaderError("a Huffman code is not complete")
+    if lengths[escape] == 0 if has_escape else escape or literals:
+        raise ReaderError("a Huffman code has no code for its escape")
+    # Short codes come first: the symbol of every value of the next bits, most significant first.
+    order = np.argsort(lengths, kind="stable")[(lengths == 0).sum() :]
+    symbols = np.repeat(order.astype(np.uint8), 2 ** (_LONGEST_CODE - lengths[order]))
+    starts = [size // _STREAMS * stream for stream in range(_STREAMS)]
+    counts = [end - start for start, end in zip(starts, [*starts[1:], size], strict=True)]
+    streams = [
+        _decode_stream(source.take(stored), count, symbols, lengths)
+        for stored, count in zip(sizes, counts, strict=True)
+    ]
+    plane = np.concatenate(streams)
+    if source.left() != literals:
+        raise ReaderError("a plane has another number of literals than it says")
+    if has_escape:
+        (places,) = np.nonzero(plane == escape)
+        if len(places) != literals:
+            raise ReaderError("a plane has another number of literals than escapes")
+        plane[places] = np.frombuffer(source.take(literals), np.uint8)
+    return plane
+
+
+def _decode_stream(data: bytes, count: int, symbols: Array, lengths: Array) -> Array:
+    """The next `count` symbols: at every bit is found what a code would be that began there."""
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    end = len(bits)
+    padded = np.concatenate((bits, np.zeros(_LONGEST_CODE, np.uint8))).astype(np.uint16)
+    windows = np.zeros(end + 1, np.uint16)
+    for bit in range(_LONGEST_CODE):
+        windows |= padded[bit : bit + end + 1] << (_LONGEST_CODE - 1 - bit)
+    found = symbols[windows]
+    # Where the code 1, 2, 4 ... codes behind the one at a bit begins; only every 16th is followed.
+    jumps = [np.minimum(np.arange(end + 1) + lengths[found], end)]
+    for _ in range(4):
+        jumps.append(jumps[-1][jumps[-1]])
+    far, place, followed = jumps.pop().data, 0, []
+    for _ in range(0, count, 16):
+        followed.append(place)
+        place = far[place]
+    places = np.array(followed, np.intp)
+    for jump in reversed(jumps):
+        places = np.stack((places, jump[places]), axis=1).reshape(-1)
+    places = places[:count]
+    last = int(places[-1]) + int(lengths[found[places[-1]]]) if count else 0
+    if -(-last // 8) != len(data) or bits[last:].any():
+        raise ReaderError("a stream of codes has another length than it says")
+    return found[places]
 
 
 # The digest: XXH3-128 with seed 0, after the specification of xxHash.

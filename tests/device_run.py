@@ -70,8 +70,8 @@ def main(folder: Path, eager: int) -> None:
         copy_threads=2,
         nice=0,
         direct_io=True,
+        codec="fast",
         zstd=zstd_libraries(),
-        adaptive=False,
     )
     engine.reserve(len(DEVICES) * LENGTH, sorted(streams))
     engine.wait_reserved()

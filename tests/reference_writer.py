@@ -6,9 +6,12 @@ encoding by hand, `planes` encodes one chunk, and `manifest_bytes` frames a mani
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,9 @@ import zstandard
 BLOCK = 2**20
 LINE = 64
 ALIGNMENT = 4096
-RAW, CONSTANT, ZSTD = 0, 1, 2
+STREAMS = 8
+LONGEST_CODE = 11
+RAW, CONSTANT, ZSTD, HUFFMAN, SEVEN_BITS = 0, 1, 2, 3, 4
 
 WIDTHS = {"u8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "f32": 4, "f64": 8}
 
@@ -48,8 +53,8 @@ def planes(
 ) -> bytes:
     """`raw` in the encoding `planes`.
 
-    Each plane uses `method`, or raw where it is CONSTANT and the plane is not; None takes the
-    smallest. `line_map` None writes a map where a line is zero.
+    Each plane uses `method`, or raw where that cannot hold it; None takes the smallest. `line_map`
+    None writes a map where a line is zero.
     """
     blocks = [raw[start : start + BLOCK] for start in range(0, len(raw), BLOCK)]
     return b"".join(_block(block, element, method, line_map) for block in blocks)
@@ -95,9 +100,64 @@ def _payload(plane: bytes, method: int | None) -> tuple[int, bytes]:
         choices[ZSTD] = zstandard.ZstdCompressor().compress(plane)
         if len(set(plane)) == 1:
             choices[CONSTANT] = plane[:1]
+        else:
+            choices[HUFFMAN] = huffman(plane)
+        if max(plane) < 128:
+            choices[SEVEN_BITS] = _packed("".join(f"{byte:07b}"[::-1] for byte in plane))
     if method not in choices:
         method = RAW if method is not None else min(choices, key=lambda m: len(choices[m]))
     return method, choices[method]
+
+
+def huffman(plane: bytes) -> bytes:
+    """`plane`, of two values at least, in a Huffman code; values that occur once are escaped if a
+    value is free."""
+    counts = Counter(plane)
+    rare = {symbol for symbol, count in counts.items() if count == 1}
+    escape = next((symbol for symbol in range(256) if symbol not in counts), None)
+    if not rare or escape is None:
+        rare, escape = set(), None
+    weights = {symbol: count for symbol, count in counts.items() if symbol not in rare}
+    if escape is not None:
+        weights[escape] = len(rare)
+        # A code needs two symbols.
+        weights.setdefault(next(s for s in range(256) if s != escape and s not in rare), 1)
+    lengths = _code_lengths(weights)
+    codes, code = {}, 0
+    for bits, symbol in sorted((bits, symbol) for symbol, bits in lengths.items()):
+        codes[symbol] = f"{code >> (LONGEST_CODE - bits):0{bits}b}"
+        code += 1 << (LONGEST_CODE - bits)
+    literals = bytes(byte for byte in plane if byte in rare)
+    coded = [codes[escape if byte in rare else byte] for byte in plane]
+    starts = [len(plane) // STREAMS * stream for stream in range(STREAMS)] + [len(plane)]
+    streams = [_packed("".join(coded[start:end])) for start, end in itertools.pairwise(starts)]
+    nibbles = [lengths.get(symbol, 0) for symbol in range(256)]
+    header = struct.pack("<BBHI", escape is not None, escape or 0, 0, len(literals))
+    header += bytes(low | high << 4 for low, high in zip(nibbles[::2], nibbles[1::2], strict=True))
+    sizes = struct.pack(f"<{STREAMS}I", *map(len, streams))
+    return b"".join([header, sizes, *streams, literals])
+
+
+def _code_lengths(weights: dict[int, int]) -> dict[int, int]:
+    """Bits of each symbol; weights are made more alike until no code is too long."""
+    while True:
+        heap = [(weight, symbol, [symbol]) for symbol, weight in weights.items()]
+        heapq.heapify(heap)
+        lengths = dict.fromkeys(weights, 0)
+        while len(heap) > 1:
+            (one, mark, left), (two, _, right) = heapq.heappop(heap), heapq.heappop(heap)
+            for symbol in left + right:
+                lengths[symbol] += 1
+            heapq.heappush(heap, (one + two, mark, left + right))
+        if max(lengths.values()) <= LONGEST_CODE:
+            return lengths
+        weights = {symbol: weight // 2 + 1 for symbol, weight in weights.items()}
+
+
+def _packed(bits: str) -> bytes:
+    """The bits as bytes, the first one lowest."""
+    array = np.frombuffer(bits.encode(), np.uint8) - ord("0")
+    return np.packbits(array, bitorder="little").tobytes()
 
 
 def manifest_bytes(snapshot: Any) -> bytes:

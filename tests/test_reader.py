@@ -13,8 +13,9 @@ import struct
 import subprocess
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,15 @@ def test_digest_of_other_buffers() -> None:
 
 # Chunks.
 
+METHODS = (
+    None,
+    reference.RAW,
+    reference.CONSTANT,
+    reference.ZSTD,
+    reference.HUFFMAN,
+    reference.SEVEN_BITS,
+)
+
 PATTERNS: dict[str, Callable[[int], bytes]] = {
     "random": noise,
     "zero": bytes,
@@ -95,7 +105,7 @@ def check_bytes(path: Path, element: str, raw: bytes, **options: Any) -> list[st
 def test_every_element_method_and_map(tmp_path: Path, element: str, pattern: str) -> None:
     raw = PATTERNS[pattern](8 * 3 * 1000 + 8)
     used = set()
-    for method in (None, reference.RAW, reference.CONSTANT, reference.ZSTD):
+    for method in METHODS:
         for line_map in (None, False, True):
             path = tmp_path / f"{method}-{line_map}"
             used.update(check_bytes(path, element, raw, method=method, line_map=line_map))
@@ -124,7 +134,7 @@ def test_chunks_in_several_packs_in_any_order(tmp_path: Path) -> None:
     element=st.sampled_from(sorted(reference.WIDTHS)),
     lines=st.lists(st.just(bytes(64)) | st.binary(min_size=64, max_size=64), max_size=20),
     tail=st.binary(max_size=8),
-    method=st.sampled_from([None, reference.RAW, reference.CONSTANT, reference.ZSTD]),
+    method=st.sampled_from(METHODS),
     line_map=st.sampled_from([None, False, True]),
 )
 def test_planes_of_any_bytes(
@@ -701,6 +711,28 @@ def write_chunk(path: Path, stored: bytes, raw: bytes, element: str) -> Path:
     return path
 
 
+def huffman(
+    streams: Sequence[bytes],
+    *,
+    lengths: Mapping[str, int] = MappingProxyType({"a": 1, "b": 2, "c": 2}),
+    escape: str | None = None,
+    literals: bytes = b"",
+    number: int | None = None,
+) -> bytes:
+    """A payload of the method huffman with codes of these lengths."""
+    nibbles = [lengths.get(chr(symbol), 0) for symbol in range(256)]
+    number = len(literals) if number is None else number
+    return b"".join(
+        [
+            struct.pack("<BBHI", escape is not None, ord(escape or "\0"), 0, number),
+            bytes(low | high << 4 for low, high in zip(nibbles[::2], nibbles[1::2], strict=True)),
+            struct.pack("<8I", *map(len, streams)),
+            *streams,
+            literals,
+        ]
+    )
+
+
 def frame(data: bytes, *, with_size: bool = True) -> bytes:
     return zstandard.ZstdCompressor(write_content_size=with_size).compress(data)
 
@@ -730,7 +762,8 @@ ENCODINGS: dict[str, tuple[bytes, str]] = {
     "map cut short": (struct.pack("<BBHI", 1, 1, 0, 128), "cut short"),
     "map of other lines": (block(128, (1, b"a"), flags=1, line_map=b"\1"), "keeps another"),
     "map too long": (block(128, (1, b"a"), flags=1, line_map=b"\7"), "longer than its block"),
-    "unknown method": (block(128, (3, b"a")), "unknown method"),
+    "unknown method": (block(128, (5, b"a")), "unknown method"),
+    "seven bits of less": (block(128, (4, bytes(111))), "another length"),
     "raw too short": (block(128, (0, b"a")), "another length"),
     "constant of two": (block(128, (1, b"aa")), "unknown method or another length"),
     "constant of none": (block(128, (1, b"")), "unknown method or another length"),
@@ -759,6 +792,87 @@ ENCODINGS: dict[str, tuple[bytes, str]] = {
 def test_the_good_encoding_is_read(tmp_path: Path) -> None:
     path = write_chunk(tmp_path / "a", GOOD, LINES, "u8")
     assert read_snapshot(path).tensors()["a"].tobytes() == LINES
+
+
+PAIRS = b"ab" * 512
+# In each of eight streams 128 symbols, in turn 0 and 10, the first bit lowest.
+AB = bytes([0b10010010, 0b00100100, 0b01001001]) * 8
+
+HUFFMAN_ENCODINGS: dict[str, tuple[bytes, str]] = {
+    "huffman cut short": (block(1024, (3, huffman([AB] * 8)[:-1])), "cut short"),
+    "huffman without a header": (block(1024, (3, bytes(167))), "cut short"),
+    "huffman without codes": (block(1024, (3, bytes(168))), "not complete"),
+    "huffman of one code": (block(1024, (3, huffman([AB] * 8, lengths={"a": 1}))), "not complete"),
+    "huffman of too many codes": (
+        block(1024, (3, huffman([AB] * 8, lengths={"a": 1, "b": 1, "c": 1}))),
+        "not complete",
+    ),
+    "huffman of long codes": (
+        block(1024, (3, huffman([AB] * 8, lengths={chr(i): min(i, 12) for i in range(1, 14)}))),
+        "not complete",
+    ),
+    "huffman with unknown flags": (block(1024, (3, b"\2" + huffman([AB] * 8)[1:])), "not complete"),
+    "huffman with reserved bytes": (
+        block(1024, (3, b"\0\0\1" + huffman([AB] * 8)[3:])),
+        "not complete",
+    ),
+    "huffman stream of less": (block(1024, (3, huffman([AB[:-1]] * 8))), "another length"),
+    "huffman stream of more": (block(1024, (3, huffman([AB + b"\0"] * 8))), "another length"),
+    "huffman stream of none": (block(1024, (3, huffman([b""] * 8))), "another length"),
+    "huffman bits behind": (block(1024, (3, huffman([AB[:-1] + b"\xff"] * 8))), "another length"),
+    "huffman bytes behind": (block(1024, (3, huffman([AB] * 8) + b"\0")), "another number"),
+    "huffman literals without an escape": (
+        block(1024, (3, huffman([AB] * 8, literals=b"a"))),
+        "no code for its escape",
+    ),
+    "huffman escape without a code": (
+        block(1024, (3, huffman([AB] * 8, escape="z"))),
+        "no code for its escape",
+    ),
+    "huffman literals of less": (
+        block(1024, (3, huffman([AB] * 8, escape="b", literals=b"b" * 511))),
+        "literals than escapes",
+    ),
+    "huffman literals of more": (
+        block(1024, (3, huffman([AB] * 8, escape="b", literals=b"b" * 513))),
+        "literals than escapes",
+    ),
+    "huffman literals cut short": (
+        block(1024, (3, huffman([AB] * 8, escape="b", literals=b"b" * 512, number=513))),
+        "literals than it says",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUFFMAN_ENCODINGS)
+def test_a_huffman_code_that_lies(tmp_path: Path, name: str) -> None:
+    stored, message = HUFFMAN_ENCODINGS[name]
+    path = write_chunk(tmp_path / "a", stored, PAIRS, "u8")
+    with pytest.raises(ReaderError, match=rf"the chunk at 0 of 0\.pack: .*({message})"):
+        read_snapshot(path).tree()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        huffman([AB] * 8),
+        huffman([AB] * 8, escape="b", literals=b"b" * 512),
+        huffman([bytes(16)] * 8, escape="a", literals=PAIRS[:1024]),
+    ],
+    ids=["plain", "escaped", "all escaped"],
+)
+def test_a_huffman_code_is_read(payload: bytes) -> None:
+    stored = block(1024, (3, payload))
+    assert reader._decode_planes(stored, 1024, 1, False).tobytes() == PAIRS
+
+
+def test_no_bits_follow_those_of_seven(tmp_path: Path) -> None:
+    raw = bytes(byte % 128 for byte in noise(70))
+    stored = reference.planes(raw, "u8", method=reference.SEVEN_BITS, line_map=False)
+    assert len(stored) == 8 + 8 + 62
+    assert reader._decode_planes(stored, 70, 1, False).tobytes() == raw
+    with pytest.raises(ReaderError, match="bits follow"):
+        reader._decode_planes(stored[:-1] + bytes([stored[-1] | 4]), 70, 1, False)
 
 
 @pytest.mark.parametrize("name", ENCODINGS)

@@ -281,7 +281,7 @@ def chunks_of(path: Path) -> list[tuple[int, int, int]]:
     return found
 
 
-@pytest.mark.parametrize("codec", ["none", "planes"])
+@pytest.mark.parametrize("codec", ["none", "fast"])
 @pytest.mark.parametrize(
     ("index", "first", "last"),
     [

@@ -21,6 +21,7 @@
 namespace {
 
 using fixture::Bytes;
+using pysnap::Effort;
 using pysnap::Element;
 using pysnap::element_width;
 using pysnap::PlanesDecoder;
@@ -34,6 +35,8 @@ constexpr std::size_t kLine = 64;
 constexpr std::uint8_t kRaw = 0;
 constexpr std::uint8_t kConstant = 1;
 constexpr std::uint8_t kZstd = 2;
+constexpr std::uint8_t kHuffman = 3;
+constexpr std::uint8_t kSevenBits = 4;
 
 bool is_float(Element element) {
   return element == Element::kF16 || element == Element::kF32 || element == Element::kF64;
@@ -70,8 +73,8 @@ Bytes encode(PlanesEncoder& encoder, Element element, const Bytes& raw) {
   return out;
 }
 
-Bytes encode(Element element, const Bytes& raw) {
-  PlanesEncoder encoder(fixture::zstd());
+Bytes encode(Element element, const Bytes& raw, Effort effort = Effort::kFast) {
+  PlanesEncoder encoder(fixture::zstd(), effort);
   return encode(encoder, element, raw);
 }
 
@@ -163,13 +166,23 @@ const std::vector<Content>& contents() {
          for (std::uint64_t i = 0; i < size / width; ++i) std::memcpy(&raw[i * width], &i, width);
          return raw;
        }},
+      // Elements with planes of seven bits, and few values that are too rare for a sample.
+      {"rare", true,
+       [](std::size_t size, std::size_t width) {
+         Bytes raw = fixture::random_bytes(size, 9);
+         for (std::size_t i = 0; i < size; ++i) {
+           raw[i] &= 0x7F;
+           if (i % width % 2 == 0) raw[i] = i % 4099 == 0 ? raw[i] : raw[i] & 15;
+         }
+         return raw;
+       }},
       {"sparse", true,
        [](std::size_t size, std::size_t) { return sparse_lines(size / kLine, 3, size % kLine); }},
   };
   return all;
 }
 
-// An encoding with a map, and a plane of each method.
+// An encoding with a map, and planes of four methods.
 struct Sample {
   Element element = Element::kF32;
   Bytes raw;
@@ -184,7 +197,7 @@ Sample small_sample() {
     if (i / kLine % 4 == 1) continue;
     const std::uint64_t word = random.next();
     sample.raw[i] = static_cast<std::uint8_t>(word >> 56);
-    sample.raw[i + 1] = static_cast<std::uint8_t>(word >> 40 & 3);
+    sample.raw[i + 1] = static_cast<std::uint8_t>(word >> 40 & 0x7F);
     sample.raw[i + 2] = 0x80;
     sample.raw[i + 3] = static_cast<std::uint8_t>(0x3C + (word >> 32 & 1));
   }
@@ -223,24 +236,38 @@ TEST(planes_equal_the_reference_on_every_path) {
         Bytes merged(raw.size());
         pysnap::merge_planes(element, pointers.data(), count, merged.data(), path);
         CHECK(merged == raw);
+        for (std::size_t p = 0; p < width; ++p) {
+          Bytes plane(count + 1, 0xEE);
+          pysnap::split_plane(element, raw.data(), count, p, plane.data(), path);
+          CHECK(std::equal(expected[p].begin(), expected[p].end(), plane.data()));
+          CHECK_EQ(plane[count], 0xEE);
+        }
       }
     }
   }
 }
 
 TEST(what_is_decoded_is_what_was_encoded) {
-  PlanesEncoder encoder(fixture::zstd());
+  PlanesEncoder fast(fixture::zstd());
+  PlanesEncoder small(fixture::zstd(), Effort::kSmall);
+  PlanesEncoder without_zstd(nullptr);
   PlanesDecoder decoder(fixture::zstd());
   for (const Element element : kElements) {
     for (const std::size_t size : sizes_around_borders(element_width(element))) {
       for (const Content& content : contents()) {
         if (size > kMiB / 2 && !content.for_blocks) continue;
         const Bytes raw = content.make(size, element_width(element));
-        const Bytes encoded = encode(encoder, element, raw);
-        if (encoded.empty()) continue;
-        const std::string name = content.name + std::string(" of ") + std::to_string(size);
-        CHECK(encoded.size() < size);
-        CHECK_EQ(decode(decoder, element, encoded, size) == raw ? name : "not " + name, name);
+        std::size_t fast_size = size;
+        for (PlanesEncoder* encoder : {&fast, &small, &without_zstd}) {
+          if (encoder == &small && size > kMiB / 2 && element_width(element) != 2) continue;
+          const Bytes encoded = encode(*encoder, element, raw);
+          if (encoder == &fast && !encoded.empty()) fast_size = encoded.size();
+          if (encoder == &small && !encoded.empty()) CHECK(encoded.size() <= fast_size);
+          if (encoded.empty()) continue;
+          const std::string name = content.name + std::string(" of ") + std::to_string(size);
+          CHECK(encoded.size() < size);
+          CHECK_EQ(decode(decoder, element, encoded, size) == raw ? name : "not " + name, name);
+        }
       }
     }
   }
@@ -275,7 +302,45 @@ TEST(random_bytes_are_not_worth_encoding) {
   for (const Element element : kElements) {
     for (const std::size_t size : {8U, 64U, 8192U, 8200U, 70000U}) {
       CHECK(encode(element, fixture::random_bytes(size, size)).empty());
+      CHECK(encode(element, fixture::random_bytes(size, size), Effort::kSmall).empty());
     }
+  }
+}
+
+TEST(a_chunk_that_begins_with_noise_is_encoded_all_the_same) {
+  for (const std::size_t noisy : {1U, 3U}) {
+    Bytes raw = fixture::skewed_elements(4 * kMiB, 4, 1);
+    const Bytes noise = fixture::random_bytes(noisy * kMiB, 1);
+    std::copy(noise.begin(), noise.end(), raw.begin());
+    const Bytes encoded = encode(Element::kF32, raw);
+    CHECK(!encoded.empty());
+    CHECK(decode(Element::kF32, encoded, raw.size()) == raw);
+  }
+}
+
+TEST(weights_are_coded_without_zstd) {
+  const Bytes raw = fixture::skewed_elements(kMiB, 2, 1);
+  PlanesEncoder encoder(nullptr);
+  PlanesDecoder decoder(nullptr);
+  const Bytes encoded = encode(encoder, Element::kF16, raw);
+  CHECK(!encoded.empty() && encoded == encode(Element::kF16, raw));
+  CHECK(decode(decoder, Element::kF16, encoded, raw.size()) == raw);
+}
+
+// Bits of a NaN are bits.
+TEST(special_floats_keep_their_bits) {
+  for (const Element element : {Element::kF16, Element::kF32, Element::kF64}) {
+    const std::size_t width = element_width(element);
+    Bytes raw(width * 20000);
+    fixture::Random random(1);
+    for (std::size_t i = 0; i < raw.size(); i += width) {
+      std::uint64_t bits = random.next() % 7 * 0x1111111111111111U;  // NaNs, tiny and usual ones
+      if (i % 3 == 0) bits |= std::uint64_t{0x7FF} << (8 * width - 12);
+      std::memcpy(&raw[i], &bits, width);
+    }
+    const Bytes encoded = encode(element, raw);
+    CHECK(!encoded.empty());
+    CHECK(decode(element, encoded, raw.size()) == raw);
   }
 }
 
@@ -323,13 +388,13 @@ TEST(a_block_of_zero_lines_keeps_nothing) {
   CHECK(decode(Element::kF16, encoded, raw.size()) == raw);
 }
 
-TEST(the_sample_holds_every_method) {
+TEST(the_sample_holds_the_methods_of_floats) {
   const Sample sample = small_sample();
   CHECK_EQ(sample.encoded[0], 1);
   const std::uint8_t* entries = sample.encoded.data() + 8 + 20;
-  CHECK_EQ(entries[0], kZstd);
+  CHECK_EQ(entries[0], kHuffman);
   CHECK_EQ(entries[8], kConstant);
-  CHECK_EQ(entries[16], kZstd);
+  CHECK_EQ(entries[16], kSevenBits);
   CHECK_EQ(entries[24], kRaw);
   CHECK(decode(sample.element, sample.encoded, sample.raw.size()) == sample.raw);
 }
@@ -440,7 +505,7 @@ TEST(planes_that_lie_are_refused) {
   CHECK(refuses(Element::kU8, with_method(kRaw, Bytes(201)), 200));
   CHECK(refuses(Element::kU8, with_method(kConstant, {}), 200));
   CHECK(refuses(Element::kU8, with_method(kConstant, {1, 1}), 200));
-  for (const std::uint8_t method : {3, 4, 128, 255}) {
+  for (const std::uint8_t method : {5, 6, 128, 255}) {
     CHECK(refuses(Element::kU8, with_method(method, plane), 200));
     CHECK(refuses(Element::kU8, with_method(method, {1}), 200));
   }
@@ -450,8 +515,34 @@ TEST(planes_that_lie_are_refused) {
     CHECK(refuses(Element::kU8, encoded(head, plane), 200));
   }
   for (const std::uint32_t size : {0U, 199U, 201U, 0x7FFFFFFFU, 0xFFFFFFFFU}) {
-    CHECK(refuses(Element::kU8, encoded(entry(kRaw, size), plane), 200));
-    CHECK(refuses(Element::kU8, encoded(entry(kZstd, size), plane), 200));
+    for (const std::uint8_t method : {kRaw, kZstd, kHuffman, kSevenBits})
+      CHECK(refuses(Element::kU8, encoded(entry(method, size), plane), 200));
+  }
+}
+
+TEST(seven_bits_that_lie_are_refused) {
+  const auto encoded = [&](const Bytes& payload, std::uint32_t count) {
+    return joined({header(0, 1, count), entry(kSevenBits, payload.size()), payload});
+  };
+  // 1, 2, ... 16 by hand: the first bit of a byte is its lowest.
+  Bytes numbers(16);
+  Bytes payload(14);
+  for (std::size_t i = 0; i < 16; ++i) {
+    numbers[i] = static_cast<std::uint8_t>(i + 1);
+    for (std::size_t bit = 0; bit < 7; ++bit) {
+      const std::size_t at = 7 * i + bit;
+      payload[at / 8] =
+          static_cast<std::uint8_t>(payload[at / 8] | (numbers[i] >> bit & 1) << at % 8);
+    }
+  }
+  CHECK(decode(Element::kU8, encoded(payload, 16), 16) == numbers);
+  CHECK(refuses(Element::kU8, encoded(joined({payload, {0}}), 16), 16));
+  CHECK(refuses(Element::kU8, encoded(payload, 15), 15));
+  for (std::uint32_t count = 1; count <= 40; ++count) {
+    Bytes last((7 * count + 7) / 8);
+    CHECK(decode(Element::kU8, encoded(last, count), count) == Bytes(count, 0));
+    last.back() = 0x80;
+    CHECK_EQ(refuses(Element::kU8, encoded(last, count), count), count % 8 != 0);
   }
 }
 
@@ -485,10 +576,10 @@ TEST(without_zstd_only_what_needs_it_is_an_error) {
   PlanesDecoder decoder(nullptr);
   const Bytes constant = joined({header(0, 1, 100), entry(kConstant, 1), {7}});
   CHECK(decode(decoder, Element::kU8, constant, 100) == Bytes(100, 7));
-  const Sample sample = small_sample();
-  CHECK_EQ(fixture::thrown_by(
-               [&] { decode(decoder, sample.element, sample.encoded, sample.raw.size()); }),
-           "invalid");
+  const Bytes plane = fixture::skewed_elements(200, 2, 1);
+  const Bytes with_frame =
+      joined({header(0, 1, 200), entry(kZstd, frame(plane).size()), frame(plane)});
+  CHECK_EQ(fixture::thrown_by([&] { decode(decoder, Element::kU8, with_frame, 200); }), "invalid");
 }
 
 TEST(a_library_that_is_not_there_is_not_opened) {

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <future>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -31,6 +32,7 @@ using fixture::Bytes;
 using fixture::errno_of;
 using fixture::TemporaryDirectory;
 using fixture::thrown_by;
+using pysnap::Codec;
 using pysnap::Element;
 using pysnap::Encoding;
 using pysnap::Engine;
@@ -237,6 +239,7 @@ TEST(what_is_restored_is_what_was_captured) {
           options.copy_threads = copy_threads;
           options.slots = slots;
           options.direct_io = with_zstd;
+          options.codec = with_zstd ? Codec::kFast : Codec::kNone;
           options.zstd = with_zstd ? fixture::zstd() : nullptr;
           const std::shared_ptr<Engine> engine = Engine::create(options);
           const std::shared_ptr<Job> job = begin(*engine, state);
@@ -252,26 +255,30 @@ TEST(what_is_restored_is_what_was_captured) {
   }
 }
 
-TEST(an_adaptive_engine_tries_both_encodings) {
+TEST(every_codec_of_an_engine_is_read_back) {
   const TemporaryDirectory directory;
   const State state = mixed_state();
-  std::size_t encoded[2] = {0, 0};
-  for (const bool adaptive : {false, true}) {
+  std::map<Codec, std::size_t> encoded, stored;
+  for (const Codec codec : {Codec::kNone, Codec::kFast, Codec::kSmall, Codec::kAuto}) {
     EngineOptions options = small_engine();
+    options.codec = codec;
     options.zstd = fixture::zstd();
-    options.adaptive = adaptive;
     const std::shared_ptr<Engine> engine = Engine::create(options);
     const std::shared_ptr<Job> job = begin(*engine, state);
-    const std::string path = directory / std::to_string(adaptive);
+    const std::string path = directory / std::to_string(static_cast<int>(codec));
     std::future<WrittenPack> written = write_pack_beside(*job, path);
     CHECK(job->capture({}, nullptr));
     const WrittenPack table = written.get();
-    for (const StoredChunk& chunk : table.chunks)
-      encoded[adaptive] += chunk.encoding == Encoding::kPlanes;
+    for (const StoredChunk& chunk : table.chunks) {
+      encoded[codec] += chunk.encoding == Encoding::kPlanes;
+      stored[codec] += chunk.stored;
+    }
     CHECK(read_back(path, table, state.stream().size()) == state.stream());
   }
-  CHECK(encoded[true] > 0);
-  CHECK(encoded[true] < encoded[false]);
+  CHECK_EQ(encoded[Codec::kNone], 0);
+  CHECK(encoded[Codec::kAuto] > 0);
+  CHECK(encoded[Codec::kAuto] <= encoded[Codec::kFast]);
+  CHECK(stored[Codec::kSmall] < stored[Codec::kFast]);
 }
 
 TEST(one_engine_takes_many_snapshots) {
@@ -279,6 +286,7 @@ TEST(one_engine_takes_many_snapshots) {
   EngineOptions options = small_engine();
   options.slots = 8;
   options.copy_threads = 3;
+  options.codec = Codec::kFast;
   options.zstd = fixture::zstd();
   const std::shared_ptr<Engine> engine = Engine::create(options);
   for (int i = 0; i < 10; ++i) {
@@ -642,6 +650,7 @@ std::shared_ptr<Engine> engine_of_long_chunks() {
   options.chunk_size = kLongChunk;
   options.slots = kLongChunks;
   options.copy_threads = 4;
+  options.codec = Codec::kFast;
   options.zstd = fixture::zstd();
   const std::shared_ptr<Engine> engine = Engine::create(options);
   engine->reserve(kLongChunk * kLongChunks);
@@ -801,6 +810,7 @@ TEST(an_engine_may_go_while_it_writes) {
   for (int i = 0; i < 20; ++i) {
     const State state = mixed_state();
     EngineOptions options = small_engine();
+    options.codec = Codec::kFast;
     options.zstd = fixture::zstd();
     options.copy_threads = 3;
     const std::shared_ptr<Engine> engine = Engine::create(options);

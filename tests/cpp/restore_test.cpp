@@ -48,13 +48,9 @@ class Snapshot {
       const bool planes = i % 2 == 1;
       const Bytes raw =
           planes ? fixture::skewed_elements(size, 4, i) : fixture::random_bytes(size, i);
-      StoredChunk chunk{i / 2 % 2,
-                        size,
-                        size,
-                        Element::kF32,
-                        Encoding::kRaw,
-                        0,
-                        pysnap::xxh3_128(raw.data(), size)};
+      StoredChunk chunk{i / 2 % 2,      size, size,
+                        Element::kI32,  // their planes are zstd frames
+                        Encoding::kRaw, 0,    pysnap::xxh3_128(raw.data(), size)};
       const pysnap::Buffer buffer = pysnap::make_buffer(size);
       if (planes) {
         chunk.encoding = Encoding::kPlanes;
@@ -242,7 +238,7 @@ TEST(a_wrong_digest_is_found) {
 
 TEST(a_wrong_element_is_found) {
   Snapshot snapshot;
-  snapshot.chunks[1].element = Element::kI32;
+  snapshot.chunks[1].element = Element::kF32;
   snapshot.chunks[3].element = Element::kF16;
   CHECK(snapshot.damaged_chunks() == Chunks({1, 3}));
 }

@@ -61,5 +61,21 @@ def state() -> dict[str, Any]:
     }
 
 
+def moments() -> dict[str, Any]:
+    """Planes that are coded by the methods huffman, with an escape and without, and seven bits."""
+    steps = torch.arange(20_000, dtype=torch.float64)
+    waves = ((steps * 0.37).sin() * (steps * 0.011).cos()).reshape(100, 200)
+    return {
+        "exp_avg": (waves * 1e-3).float(),
+        "exp_avg_sq": (waves * waves * 1e-6).float(),
+        "half": waves.bfloat16(),
+        "double": waves[:20].clone(),
+        "below 128": (torch.arange(5000) * 2654435761 >> 8).bitwise_and(127).to(torch.uint8),
+    }
+
+
+STATES = {"format-1": state, "format-1-moments": moments}
+
 if __name__ == "__main__":
-    print(pysnap.save(Path(__file__).parent / sys.argv[1], state()))
+    name = sys.argv[1]
+    print(pysnap.save(Path(__file__).parent / name, STATES[name]()))
