@@ -267,11 +267,12 @@ class AppendedLines:
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        descriptor = os.open(self._path, flags, 0o600)
+        descriptor = os.open(self._path, flags, _FILE_MODE)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(22, "it is not a regular file")
+            os.fchmod(descriptor, _FILE_MODE)
             end = os.pread(descriptor, 1, max(0, status.st_size - 1))
             self._torn = end not in (b"", b"\n")
         except BaseException:

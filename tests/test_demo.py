@@ -547,6 +547,7 @@ def test_the_training_program_takes_the_plan_as_its_arguments(
             layers=run.QUICK.layers,
             width=run.QUICK.width,
             every=run.QUICK.every,
+            device=run.QUICK.device,
             seed=0,
             kill_at=7,
         )

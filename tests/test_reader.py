@@ -897,6 +897,9 @@ def test_a_frame_with_a_large_window_is_refused(tmp_path: Path) -> None:
 
 def test_elements_that_do_not_divide_what_is_kept(tmp_path: Path) -> None:
     path = write_chunk(tmp_path / "a", block(127, *[(1, b"a")] * 2), LINES[:126], "i16")
+    with pytest.raises(ReaderError, match="keeps another number"):
+        read_snapshot(path).tree()
+    path = write_chunk(tmp_path / "b", block(127, *[(1, b"a")] * 2), LINES[:127], "i16")
     with pytest.raises(ReaderError, match="whole elements"):
         read_snapshot(path).tree()
 
@@ -962,8 +965,8 @@ def test_names_are_printed_safely(tmp_path: Path, capsys: pytest.CaptureFixture[
     hostile["tree"] = {"\ud800": {"$tensor": 0}}
     body = json.dumps(hostile, separators=(",", ":")).encode()
     (path / "manifest.json").write_bytes(reference.manifest_bytes(body))
-    assert reader.main([str(path)]) == 0
-    assert r"\ud800" in capsys.readouterr().out
+    assert reader.main([str(path)]) == 1
+    assert "half a surrogate pair" in capsys.readouterr().err
 
 
 def test_a_copy_of_the_file_works_alone(small: Path, tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def _engine_of(config: Config, slots: int) -> _engine.Engine:
         nice=0,
         direct_io=False,
         zstd=[],
-        adaptive=False,
+        codec="none",
         disk_seconds=60.0,
     )
 
