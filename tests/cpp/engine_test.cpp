@@ -317,7 +317,8 @@ TEST(a_disk_that_takes_nothing_fails_the_job_and_lets_the_caller_go_on) {
     CHECK_EQ(errno_of([&] { job->open_pack(directory / std::to_string(eager)); }), ETIMEDOUT);
     job->abort();
   }
-  const std::shared_ptr<Job> job = begin(*engine, State::of_chunks(2));
+  const State small = State::of_chunks(2);
+  const std::shared_ptr<Job> job = begin(*engine, small);
   CHECK(job->capture({}, nullptr));
   job->abort();
 }

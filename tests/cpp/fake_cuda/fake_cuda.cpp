@@ -146,7 +146,8 @@ struct Stack {
     state().violate("a thread ended with a context");
   }
 };
-thread_local Stack stack;
+// The library comes and goes: with the usual model, LeakSanitizer looks for what has gone with it.
+__attribute__((tls_model("initial-exec"))) thread_local Stack stack;
 
 // The bytes at a device's address; null, and a violation, where they are not in one allocation.
 std::uint8_t* find(std::uint64_t address, std::size_t size, int device) {
