@@ -46,8 +46,8 @@ def values(megabytes: int = 4) -> dict[str, Any]:
         (Keep(last=3), None, "none", 15 * MB, "error"),
         (Keep(last=3), None, "none", 18 * MB, "warning"),
         (Keep(last=3), None, "none", 25 * MB, "silent"),
-        (Keep(last=3), None, "planes", 15 * MB, "warning"),
-        (Keep(last=3), None, "planes", 7 * MB, "error"),
+        (Keep(last=3), None, "fast", 15 * MB, "warning"),
+        (Keep(last=3), None, "fast", 7 * MB, "error"),
         (Keep(last=1), None, "none", 9 * MB, "warning"),
         (Keep(last=1, best=3), "min loss", "none", 18 * MB, "error"),
         (Keep(last=None), None, "none", 30 * MB, "warning"),
@@ -179,7 +179,7 @@ class Watch:
         self._thread.join()
 
 
-@pytest.mark.parametrize("codec", ["none", "planes"])
+@pytest.mark.parametrize("codec", ["none", "fast"])
 def test_the_disk_never_holds_more_than_preflight_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
@@ -230,7 +230,7 @@ def test_the_disk_never_holds_more_than_preflight_announced(
         assert announced[-1].bounded
         assert watch.peak <= announced[-1].peak
         # The promise is no empty one: more than a third of it is used.
-        assert codec == "planes" or watch.peak > 0.34 * announced[-1].peak
+        assert codec == "fast" or watch.peak > 0.34 * announced[-1].peak
     one = max(
         sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in root.glob("step-*")
     )

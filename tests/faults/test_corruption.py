@@ -53,7 +53,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def save(path: Path, state: dict[str, object], chunk_size: str) -> Saved:
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYSNAP_CODEC", "planes")
+        environment.setenv("PYSNAP_CODEC", "fast")
         environment.setenv("PYSNAP_CHUNK_SIZE", chunk_size)
         return Saved(pysnap.save(path, state), state)
 
