@@ -561,13 +561,15 @@ def _value(tag: str, content: Any) -> Any:
         return base64.b64decode(content, validate=True)
     if tag == "$scalar":
         return _scalar(*_list(content))
-    if tag in ("$dtype", "$device"):
+    if tag == "$dtype":
         return _text(content)
+    if tag == "$device":
+        return _device(content)
     if tag == "$size":
         return tuple(_number(size, -_MAX_INT - 1, _MAX_INT, "a size") for size in _list(content))
     if tag == "$generator":
         state = base64.b64decode(content["state"], validate=True)
-        return {"device": _text(content["device"]), "state": state}
+        return {"device": _device(content["device"]), "state": state}
     if tag == "$datetime":
         return datetime.datetime.fromisoformat(content)
     if tag == "$date":
@@ -583,6 +585,13 @@ def _value(tag: str, content: Any) -> Any:
         module, name, member = _list(content)
         return ".".join((module, name, member))
     raise ReaderError(f"the tree has an unknown or malformed {_shown(tag)}")
+
+
+def _device(content: Any) -> str:
+    name = _text(content)
+    if not re.fullmatch("[a-z]+(:(0|[1-9][0-9]*))?", name):
+        raise ReaderError("a device in manifest.json is none")
+    return name
 
 
 def _scalar(name: str, text: str) -> np.generic:

@@ -145,13 +145,10 @@ class Trial:
         """Whoever looks at the errors and the log finds what the file system said."""
         if injection.action != "fail" or injection.argument == errno.EINTR:
             return
-        log = self._shim.log()
         failed = [
             operation
-            for before, operation in itertools.pairwise([log[0], *log])
-            if operation.error == injection.argument
-            and not self._is_harmless(operation)
-            and not _is_second_look(before, operation)
+            for operation in _without_second_looks(self._shim.log())
+            if operation.error == injection.argument and not self._is_harmless(operation)
         ]
         if not failed:
             return
@@ -316,13 +313,15 @@ class Run(Trial):
         return super()._is_harmless(operation) or measuring or (reread and self._resumed_newest)
 
 
-def _is_second_look(before: Operation, operation: Operation) -> bool:
+def _without_second_looks(log: list[Operation]) -> Iterator[Operation]:
     """Python's file objects look again at what has just been looked at, and do without."""
-    return (
-        operation.kind == before.kind == "stat"
-        and operation.descriptor == before.descriptor
-        and operation.descriptor >= 0
-    )
+    kinds: dict[int, str] = {}  # of the last operation on each descriptor, whoever came between
+    for operation in log:
+        again = operation.kind == "stat" and kinds.get(operation.descriptor) == "stat"
+        if operation.descriptor >= 0:
+            kinds[operation.descriptor] = operation.kind
+        if not again:
+            yield operation
 
 
 def make_template(folder: Path) -> Path:

@@ -227,7 +227,7 @@ os.makedirs("disk")
 kernel.mount_tmpfs("disk", "size=8m")
 how, stage = sys.argv[1:]
 values = {"x": torch.zeros(1000), "y": torch.zeros(1)}
-snapshotter = pysnap.Snapshotter("disk/run", values=values, every=1)
+snapshotter = pysnap.Snapshotter("disk/run", values=values)
 root = os.path.abspath("disk/run")
 
 def lose():
@@ -255,8 +255,9 @@ def put_back():
 def step():
     with snapshotter.step():
         values["y"] += 1
+    handle = snapshotter.save()
     snapshotter._committer.wait_idle()
-    return snapshotter._committer.newest.error
+    return handle.error
 
 assert step() is None
 staged, go = threading.Event(), threading.Event()
@@ -269,6 +270,7 @@ def held(*arguments):
 setattr(snapshotter._repository, call, held)
 with snapshotter.step():
     values["y"] += 1
+snapshotter.save()
 staged.wait()
 lose()
 go.set()
@@ -279,7 +281,8 @@ for error in (snapshotter._committer.newest.error, step()):
     assert root in str(error), error
 found = sorted(name for name in os.listdir("disk/run") if name != "latest") \\
     if os.path.isdir("disk/run") else []
-assert found == ([".pysnap", ".writer"] if how == "replaced" else []), found
+others = [".pysnap", ".writer", "events.jsonl"]
+assert found == (others if how == "replaced" else []), found
 if put_back():
     assert step() is None
     assert pysnap.load("disk/run")["values"]["y"].item() == 4
@@ -307,12 +310,14 @@ def test_a_repository_that_is_lost_under_a_snapshot(
 
 REFUSED = """
 import os, torch, pysnap
-snapshotter = pysnap.Snapshotter("disk/run", values={"x": torch.zeros(1000)}, every=1)
+snapshotter = pysnap.Snapshotter("disk/run", values={"x": torch.zeros(1000)})
 def step():
     with snapshotter.step():
         pass
+    # Not by a cadence, which waits after a failure.
+    handle = snapshotter.save()
     snapshotter._committer.wait_idle()
-    error = snapshotter._committer.newest.error
+    error = handle.error
     if error is None:
         print("durable")
     else:

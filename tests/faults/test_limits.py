@@ -27,7 +27,7 @@ logging.getLogger("pysnap").setLevel(logging.CRITICAL)
 values = {"x": torch.randn(60_000), "y": torch.zeros(1)}
 
 def make(**options):
-    return pysnap.Snapshotter("run", values=values, every=1, keep=pysnap.Keep(last=2), **options)
+    return pysnap.Snapshotter("run", values=values, keep=pysnap.Keep(last=2), **options)
 
 def limited(kind, limit):
     _, hard = resource.getrlimit(kind)
@@ -36,8 +36,10 @@ def limited(kind, limit):
 def step(snapshotter):
     with snapshotter.step():
         values["y"] += 1
+    # Not by a cadence, which waits after a failure.
+    handle = snapshotter.save()
     snapshotter._committer.wait_idle()
-    return snapshotter._committer.newest.error
+    return handle.error
 
 def check(step):
     state = pysnap.load("run")

@@ -11,7 +11,7 @@ from conftest import Count
 from driving import Driver, temporary_directory
 
 HARNESS = "planted bugs"
-_STATES_OF_EACH = 150
+_STATES_OF_EACH = 220
 
 # Bugs that states of a power cut show, and a workload that meets each.
 _OF_CRASHES = {
