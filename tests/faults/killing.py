@@ -80,9 +80,10 @@ def kill_at(
     number: int,
     how: str,
     bug: str | None = None,
-) -> list[str]:
+) -> list[str] | None:
     """Kill such a run before or after one file operation, or cut the power there; what is wrong
-    with what is left."""
+    with what is left. None where it ended before it came so far: how often the thread of the event
+    log writes is chance."""
     notes = own / "book"
     write_lines(notes)
     first = 1 if template is None else 3
@@ -99,7 +100,8 @@ def kill_at(
 
         status = os.waitpid(fork(body), 0)[1]
     problems = []
-    if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
+    ended = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
+    if not ended and (not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL):
         problems.append(f"it was not killed but ended with {status}")
     book = Book(last=LAST)
     for attempt in range(1, first):
@@ -112,7 +114,7 @@ def kill_at(
         problems = problems or go_on(top / "trial" / REPOSITORY, book)
         shutil.rmtree(top / "trial")
     notes.unlink()
-    return problems
+    return None if ended and not problems else problems
 
 
 def prepare(place: Path, template: Path | None) -> None:
