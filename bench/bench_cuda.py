@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def overlap(plan: Plan, accelerator: Accelerator, folder: Path, d2h: float) -> d
         optimizer.step()
     size = sum(p.nbytes for p in model.parameters()) * 2
     several = 5
-    base, more = (accelerator.timed(lambda n=n: compute(n)) for n in (1, 1 + several))  # type: ignore[misc]
+    base, more = (accelerator.timed(partial(compute, n)) for n in (1, 1 + several))
     each = max((more - base) / several, 1e-5)
     rounds = min(64, max(1, int(2 * size / d2h / each) + 1))
 
@@ -498,6 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {"schema": 1, "machine": facts, "plan": vars(plan), **measured}
     judged = bars(results)
     results["bars"] = [vars(bar) | {"passed": bar.passed} for bar in judged]
+    options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{options.name}.json"
     file.write_text(json.dumps(results, indent=1) + "\n")
     draw(results, judged, file.with_suffix(".png"))

@@ -163,12 +163,12 @@ class Places:
     def _places_of_arrays(self, leaves: list[Leaf]) -> list[tuple[Any, ...]]:
         arrays = compress(leaves, self._is_array)
         return [
-            (_address(array), array.shape, array.dtype.str, array.strides)  # type: ignore[union-attr]
+            (_address(array), array.shape, array.dtype.str, array.strides)  # type: ignore[union-attr]  # arrays alone
             for array in arrays
         ]
 
     def _tensors_of(self, leaves: list[Leaf]) -> list[torch.Tensor]:
-        return list(compress(leaves, self._is_tensor))  # type: ignore[arg-type]
+        return list(compress(leaves, self._is_tensor))  # type: ignore[arg-type]  # tensors alone
 
 
 def _blocks(tensors: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:

@@ -17,9 +17,12 @@ BENCH = Path(__file__).parent.parent / "bench" / "bench_cuda.py"
 
 def test_it_runs_from_end_to_end(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH), "--quick", "--device=cpu", "--state-gb=0.004"]
-    subprocess.run([*command, f"--out={tmp_path}"], check=True, timeout=240)
-    results = json.loads((tmp_path / "cuda.json").read_text())
-    assert (tmp_path / "cuda.png").stat().st_size > 0
+    # A folder that is not there yet: the measurements had been lost.
+    out = tmp_path / "results"
+    command += [f"--out={out}", f"--dir={tmp_path}"]
+    subprocess.run(command, check=True, timeout=240)
+    results = json.loads((out / "cuda.json").read_text())
+    assert (out / "cuda.png").stat().st_size > 0
     assert all(results[name] for name in ("rates", "disk", "stall", "overlap", "restore"))
     for bar in results["bars"]:
         assert bar["values"], bar["what"]

@@ -5,33 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from cli_support import Commands, make_repository, newest_of_step, process
+from cli_support import Commands, newest_of_step, process
 from support import flip
 
 from pysnap import notes
 from pysnap.cli import COMMANDS, exits
 from pysnap.errors import BusyError, ConfigError, CorruptError, Error, NotFoundError, StorageError
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_repository(tmp_path_factory.mktemp("made") / "gpt")
-
-
-@pytest.fixture
-def repository(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "gpt", symlinks=True))
-
-
-@pytest.fixture
-def commands(capsys: pytest.CaptureFixture[str]) -> Commands:
-    return Commands(capsys)
 
 
 def test_ls_loads_neither_torch_nor_rich(repository: Path) -> None:

@@ -6,7 +6,6 @@ import html.parser
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,27 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_support import Commands, make_repository, newest_of_step, process
+from cli_support import Commands, newest_of_step, process
 from support import assert_same, flip
 
 import pysnap
 from pysnap import notes
 from pysnap.cli import diff
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_repository(tmp_path_factory.mktemp("made") / "gpt")
-
-
-@pytest.fixture
-def repository(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "gpt", symlinks=True))
-
-
-@pytest.fixture
-def commands(capsys: pytest.CaptureFixture[str]) -> Commands:
-    return Commands(capsys)
 
 
 def add_events(root: Path, *events: dict[str, Any]) -> None:

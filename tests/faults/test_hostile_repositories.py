@@ -312,9 +312,11 @@ def chunk_attacks() -> dict[str, list[tuple[bytes, int, str, str]]]:
 
 
 def build_chunk_attacks(folder: Path) -> None:
+    def change(snapshot: dict[str, Any]) -> None:
+        snapshot["chunks"][0][6] = "0" * 32
+
     for name, chunks in chunk_attacks().items():
         path = snapshot_of(folder / name, chunks)
-        change = lambda s: s["chunks"][0].__setitem__(6, "0" * 32)  # noqa: E731
         (path / "manifest.json").write_bytes(rewritten(path, change))
 
 
