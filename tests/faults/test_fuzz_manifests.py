@@ -110,7 +110,8 @@ def mutated(valid: dict[str, Any], changes: list[tuple[str, int, int, Any]]) -> 
             target = target[key]
         key = path[-1]
         if kind == "replace":
-            target[key] = value
+            # A copy: a later change may go into it, and the value is drawn again.
+            target[key] = copy.deepcopy(value)
         elif kind == "delete":
             del target[key]
         elif kind == "repeat" and isinstance(target, list):

@@ -83,7 +83,7 @@ def replaced(node: Any, path: tuple[Any, ...], value: Any) -> Any:
     if value is places:
         del target[path[-1]]
     else:
-        target[path[-1]] = value
+        target[path[-1]] = copy.deepcopy(value)
     return changed
 
 
