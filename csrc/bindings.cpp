@@ -22,8 +22,10 @@
 #include "cpu.h"
 #include "cuda_driver.h"
 #include "digest.h"
+#include "dlpack.h"
 #include "engine.h"
 #include "error.h"
+#include "places.h"
 #include "restore.h"
 #include "thread.h"
 #include "trace.h"
@@ -192,6 +194,39 @@ class OwnedJob {
   const std::shared_ptr<Job> job_;
 };
 
+// Places of tensors that are of a type with this table. Torch is not known here, only its table.
+class TensorPlaces {
+ public:
+  TensorPlaces(const py::capsule& exchange, const py::list& tensors) {
+    const auto* table = exchange.get_pointer<const dlpack::Exchange>();
+    const char* name = exchange.name();
+    if (name == nullptr || std::string(name) != dlpack::kCapsuleName ||
+        table->major != dlpack::kMajorVersion || table->tensor_from_object == nullptr)
+      throw Error(ErrorKind::kInvalid, "this is not DLPack's exchange of version 1");
+    read_ = table->tensor_from_object;
+    std::optional<Places> places = Places::of(read_, objects(tensors));
+    if (!places) throw py::error_already_set();
+    places_ = std::move(*places);
+  }
+
+  bool are_of(const py::list& tensors) const {
+    const std::optional<bool> same = places_.are_of(read_, objects(tensors));
+    if (!same) throw py::error_already_set();
+    return *same;
+  }
+
+ private:
+  static std::vector<void*> objects(const py::list& list) {
+    std::vector<void*> objects;
+    objects.reserve(list.size());
+    for (const py::handle object : list) objects.push_back(object.ptr());
+    return objects;
+  }
+
+  dlpack::TensorFromObject read_;
+  Places places_;
+};
+
 py::object exception_type(const char* name) {
   return py::module_::import("pysnap.errors").attr(name);
 }
@@ -337,6 +372,10 @@ PYBIND11_MODULE(_engine, module) {
           },
           py::arg("extents"), py::arg("spans"), py::arg("eager"), py::keep_alive<0, 1>())
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<TensorPlaces>(module, "TensorPlaces")
+      .def(py::init<const py::capsule&, const py::list&>(), py::arg("exchange"), py::arg("tensors"))
+      .def("are_of", &TensorPlaces::are_of, py::arg("tensors"));
 
   module.def(
       "restore",

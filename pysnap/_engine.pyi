@@ -2,6 +2,7 @@
 meaning."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,17 @@ class Engine:
 
     def begin(self, extents: NDArray[np.void], spans: NDArray[np.void], eager: int) -> Job: ...
     def close(self) -> None: ...
+
+class TensorPlaces:
+    """Where the bytes of some tensors are, and what they mean, without the tensors."""
+
+    def __init__(self, exchange: object, tensors: list[Any]) -> None:
+        """`exchange` is the capsule `__dlpack_c_exchange_api__` of their types. Raises ConfigError
+        for another object, and what the exchange raises for a tensor that it cannot describe."""
+
+    def are_of(self, tensors: list[Any]) -> bool:
+        """Whether as many tensors have the same address, device, dtype, shape and strides, one by
+        one; raises what the exchange raises."""
 
 def restore(
     *,

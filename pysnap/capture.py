@@ -128,8 +128,8 @@ class Stager:
             self._tell_pageable()
         eager = plan.eager if overlap else len(plan.spans)
         job = self._engine.begin(plan.extents, plan.spans, eager)
-        guard = _Guard(planned.waiting() if eager < len(plan.spans) else (), planned.name_of)
-        return Capture(planned, job, self._chunk_size, guard)
+        waiting = planned.waiting() if eager < len(plan.spans) else []
+        return Capture(planned, waiting, job, self._chunk_size)
 
     def _tell_pageable(self) -> None:
         why = self._engine.why_pageable()
@@ -182,11 +182,6 @@ class _Planned:
         waits = map(self.plan.waits.__getitem__, self.indices)
         index = list(compress(self.indices, waits))[number]
         return next(path for path, at in tree.leaves(self.tree) if at == index)
-
-    def held(self) -> list[object]:
-        """What keeps their memory, also when a program gives a tensor another one by
-        `tensor.data = ...`."""
-        return [self.plan.keep, *map(torch.Tensor.untyped_storage, self.waiting())]
 
 
 class _Part:
@@ -276,15 +271,19 @@ class Capture:
     """One snapshot on its way. `copy` and `gate` are for the training thread, `write` for the
     committing one; they run side by side."""
 
-    def __init__(self, planned: _Planned, job: _engine.Job, chunk_size: int, guard: _Guard) -> None:
+    def __init__(
+        self, planned: _Planned, waiting: list[torch.Tensor], job: _engine.Job, chunk_size: int
+    ) -> None:
+        """`waiting` are the tensors that are copied after `copy`."""
         self._tree = planned.tree
         self._records = planned.plan.records
-        self._keep = planned.held()
+        # The memory, too: a program gives a tensor another one by `tensor.data = ...`.
+        self._keep = [planned.plan.keep, *map(torch.Tensor.untyped_storage, waiting)]
         self._devices = planned.plan.devices
         self._raw = planned.plan.spans["raw"].astype(np.uint64)
         self._job = job
         self._chunk_size = chunk_size
-        self._guard = guard
+        self._guard = _Guard(waiting, planned.name_of)
         self._copied = threading.Event()
         self.staged_at = math.inf
         """When every byte was in staging memory, by the monotonic clock; set by then."""

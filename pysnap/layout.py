@@ -20,7 +20,7 @@ import torch
 
 from pysnap import _engine
 from pysnap.dtypes import ELEMENT_WIDTH, TORCH_ELEMENTS
-from pysnap.errors import StateError
+from pysnap.errors import ConfigError, StateError
 from pysnap.manifest import ELEMENTS, Record
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
@@ -30,6 +30,20 @@ _log = logging.getLogger("pysnap")
 
 HOST = -1
 """The engine's number of host memory; CUDA devices have theirs from 0."""
+
+
+def _find_exchange() -> object:
+    """The table by which torch tells other libraries of its tensors; None where it has none that
+    the engine knows."""
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    try:
+        _engine.TensorPlaces(exchange, [])
+    except (TypeError, ConfigError):
+        return None
+    return exchange
+
+
+_EXCHANGE = _find_exchange()
 
 _NUMPY_ELEMENTS = {"f2": "f16", "f4": "f32", "f8": "f64", "c8": "f32", "c16": "f64"}
 _NUMPY_INTEGERS = {2: "i16", 4: "i32", 8: "i64"}
@@ -144,16 +158,15 @@ class Places:
         """Raises TypeError or RuntimeError for a tensor that has no bytes of its own."""
         self._is_array = [isinstance(leaf, np.ndarray) for leaf in leaves]
         self._is_tensor = [not is_array for is_array in self._is_array]
-        self._tensors = [_Tensors(block) for block in _blocks(self._tensors_of(leaves))]
+        self._tensors = tensor_places(self._tensors_of(leaves))
         self._arrays = self._places_of_arrays(leaves)
 
     def are_of(self, leaves: list[Leaf]) -> bool:
         """Whether these leaves, too, have their bytes there, and the bytes mean the same. Tensors
         and arrays stand where they stood at first."""
-        blocks = _blocks(self._tensors_of(leaves))
         try:
             return (
-                all(map(_Tensors.are_places_of, self._tensors, blocks))
+                self._tensors.are_of(self._tensors_of(leaves))
                 and self._places_of_arrays(leaves) == self._arrays
             )
         except (TypeError, RuntimeError):
@@ -171,14 +184,58 @@ class Places:
         return list(compress(leaves, self._is_tensor))  # type: ignore[arg-type]  # tensors alone
 
 
+def tensor_places(
+    tensors: list[torch.Tensor], exchange: object = _EXCHANGE
+) -> _ReadPlaces | _AskedPlaces:
+    """`Places` of tensors; by DLPack's `exchange`, where torch has it."""
+    return _AskedPlaces(tensors) if exchange is None else _ReadPlaces(tensors, exchange)
+
+
+class _ReadPlaces:
+    """Read from the tensors by the engine: a hundred thousand take some milliseconds."""
+
+    def __init__(self, tensors: list[torch.Tensor], exchange: object) -> None:
+        self._places = _engine.TensorPlaces(exchange, tensors)
+        self._may_be_negated = list(map(_may_be_negated, tensors))
+        self._may_be_conjugated = list(map(torch.Tensor.is_complex, tensors))
+
+    def are_of(self, tensors: list[torch.Tensor]) -> bool:
+        return (
+            self._places.are_of(tensors)
+            # DLPack does not know these.
+            and not any(map(torch.Tensor.is_neg, compress(tensors, self._may_be_negated)))
+            and not any(map(torch.Tensor.is_conj, compress(tensors, self._may_be_conjugated)))
+        )
+
+
+def _may_be_negated(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of this form may mean the negative of its bytes, as the imaginary part of a
+    conjugated tensor does, between two elements of which there is a real part."""
+    return tensor.is_complex() or tensor.numel() == 1 or not tensor.is_contiguous()
+
+
+class _AskedPlaces:
+    """Asked of the tensors, one after the other: for a torch without DLPack's exchange (before
+    2.10)."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._blocks = [_Block(block) for block in _blocks(tensors)]
+        self._count = len(tensors)
+
+    def are_of(self, tensors: list[torch.Tensor]) -> bool:
+        return len(tensors) == self._count and all(
+            map(_Block.is_of, self._blocks, _blocks(tensors))
+        )
+
+
 def _blocks(tensors: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
     # Each is looked at several times: that many stay in the processor's cache.
     return [tensors[at : at + 512] for at in range(0, len(tensors), 512)]
 
 
-class _Tensors:
-    """`Places` of a block of tensors. No list of what is compared is made: it would be garbage of
-    many objects, which has its price."""
+class _Block:
+    """No list of what is compared is made: it would be garbage of many objects, which has its
+    price."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._addresses = list(map(torch.Tensor.data_ptr, tensors))
@@ -189,7 +246,7 @@ class _Tensors:
         self._has_gaps = [not is_contiguous for is_contiguous in self._is_contiguous]
         self._strides = list(map(torch.Tensor.stride, compress(tensors, self._has_gaps)))
 
-    def are_places_of(self, tensors: list[torch.Tensor]) -> bool:
+    def is_of(self, tensors: list[torch.Tensor]) -> bool:
         contiguous = map(torch.Tensor.is_contiguous, tensors)
         strides = map(torch.Tensor.stride, compress(tensors, self._has_gaps))
         return (

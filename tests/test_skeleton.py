@@ -4,6 +4,7 @@ as anew."""
 from __future__ import annotations
 
 import copy
+import datetime
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 from support import Run, assert_same
 
 import pysnap
-from pysnap import tree
-from pysnap.layout import Leaf, Places
+from pysnap import _engine, tree
+from pysnap.dtypes import TORCH_ELEMENTS
+from pysnap.layout import Leaf, Places, tensor_places
 from pysnap.repository import Snapshot
 from pysnap.skeleton import Skeleton
 
@@ -218,34 +220,79 @@ WEIGHT = torch.arange(16.0).reshape(4, 4)
 MOVES: dict[str, Callable[[], torch.Tensor]] = {
     "other memory": WEIGHT.clone,
     "another shape": lambda: WEIGHT.view(2, 8),
+    "more dimensions": lambda: WEIGHT[None],
     "transposed": WEIGHT.t,
     "another dtype": lambda: WEIGHT.view(torch.int32),
     "a part": lambda: WEIGHT[:2],
-    "a negated view": lambda: torch._neg_view(WEIGHT),
+    "a part of each row": lambda: WEIGHT[:, :4].as_strided((4, 4), (2, 1)),
     "sparse": lambda: WEIGHT.to_sparse(),
     "without memory": lambda: WEIGHT.to("meta"),
 }
 
 
+@pytest.fixture(params=["read", "asked"])
+def find_places(request: pytest.FixtureRequest) -> Callable[[list[torch.Tensor]], Any]:
+    """By DLPack's exchange, and for a torch without it."""
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if request.param == "asked":
+        return lambda tensors: tensor_places(tensors, None)
+    if exchange is None:
+        pytest.skip("this torch has no exchange of DLPack")
+    return lambda tensors: tensor_places(tensors, exchange)
+
+
+def are_places(places: Any, tensors: list[torch.Tensor]) -> bool:
+    try:
+        return bool(places.are_of(tensors))
+    except (TypeError, RuntimeError):
+        return False
+
+
 @pytest.mark.parametrize("move", MOVES)
-def test_a_tensor_that_means_something_else_is_seen(move: str) -> None:
-    others: list[Leaf] = [torch.zeros(2), np.arange(3), torch.tensor(1.0)]
-    places = Places([*others, WEIGHT])
-    assert places.are_of([*others, WEIGHT.detach()])
-    assert not places.are_of([*others, MOVES[move]()])
+def test_a_tensor_that_means_something_else_is_seen(find_places: Any, move: str) -> None:
+    others = [torch.zeros(2), torch.nn.Parameter(torch.tensor(1.0))]
+    places = find_places([*others, WEIGHT])
+    assert are_places(places, [*others, WEIGHT.detach()])
+    assert not are_places(places, [*others, MOVES[move]()])
+    assert not are_places(places, [*others])
+    assert not are_places(places, [*others, WEIGHT, WEIGHT])
 
 
-def test_other_gaps_are_seen() -> None:
+def test_other_gaps_are_seen(find_places: Any) -> None:
     base = torch.zeros(4, 4, 4)
-    places = Places([base[:, :2, :2]])
-    assert places.are_of([base[:, :2, :2]])
-    assert not places.are_of([base[:, :2, :2].transpose(0, 1)[:, :2].transpose(1, 2)])
-    assert not places.are_of([base.transpose(1, 2)[:, :2, :2]])
+    places = find_places([base[:, :2, :2]])
+    assert are_places(places, [base[:, :2, :2]])
+    assert not are_places(places, [base[:, :2, :2].transpose(0, 1)[:, :2].transpose(1, 2)])
+    assert not are_places(places, [base.transpose(1, 2)[:, :2, :2]])
 
 
-def test_a_conjugated_view_is_seen() -> None:
+def test_a_conjugated_view_is_seen(find_places: Any) -> None:
     value = torch.ones(3, dtype=torch.complex64)
-    assert not Places([value]).are_of([value.conj()])
+    assert not are_places(find_places([value]), [value.conj()])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3,), (2, 3)])
+def test_the_imaginary_part_of_a_conjugated_tensor_is_seen(
+    find_places: Any, shape: tuple[int, ...]
+) -> None:
+    value = torch.ones(shape, dtype=torch.complex64)
+    places = find_places([value.imag])
+    assert are_places(places, [value.imag])
+    assert not are_places(places, [value.conj().imag])
+
+
+def test_every_two_types_of_elements_are_told_apart(find_places: Any) -> None:
+    raw = torch.zeros(16, dtype=torch.uint8)
+    types = [getattr(torch, name) for name in TORCH_ELEMENTS if hasattr(torch, name)]
+    views = {dtype: raw.view(dtype)[:1] for dtype in types}
+    for dtype, view in views.items():
+        places = find_places([view])
+        assert [other for other in views if are_places(places, [views[other]])] == [dtype]
+
+
+def test_a_table_that_is_not_of_the_exchange_is_refused() -> None:
+    with pytest.raises(pysnap.ConfigError, match="DLPack"):
+        _engine.TensorPlaces(vars(datetime)["datetime_CAPI"], [])
 
 
 @pytest.mark.parametrize(
@@ -260,12 +307,12 @@ def test_an_array_that_means_something_else_is_seen(other: Callable[[Any], Any])
     assert not places.are_of([other(array)])
 
 
-def test_every_tensor_of_many_is_looked_at() -> None:
-    tensors: list[Leaf] = list(torch.zeros(1500, 2).unbind())
-    places = Places(tensors)
-    assert places.are_of(tensors)
+def test_every_tensor_of_many_is_looked_at(find_places: Any) -> None:
+    tensors = list(torch.zeros(1500, 2).unbind())
+    places = find_places(tensors)
+    assert are_places(places, tensors)
     for at in (0, 511, 512, 1023, 1024, 1499):
-        assert not places.are_of([*tensors[:at], torch.zeros(2), *tensors[at + 1 :]])
+        assert not are_places(places, [*tensors[:at], torch.zeros(2), *tensors[at + 1 :]])
 
 
 # Whole snapshots
