@@ -1,6 +1,7 @@
 #include "choice.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace pysnap {
 
@@ -12,7 +13,7 @@ constexpr unsigned kTrial = 4;
 constexpr double kVeryWrong = 1.5;
 // Of each worker: a trial for its own sake, and one because this way became longer than the other
 // was.
-constexpr unsigned kLeastBetweenTrials = 64;
+constexpr unsigned kLeastBetweenTrials = 128;
 constexpr unsigned kLeastBeforeTurn = 4;
 constexpr double kShareOfTrials = 0.02;
 // A chunk counts so much against all before it: a disk that turns slow is seen after some.
@@ -22,47 +23,85 @@ constexpr double kTolerance = 1.02;
 
 }  // namespace
 
-bool Choice::encodes(Element element) const {
-  return learnt_[static_cast<std::size_t>(element)].encodes;
+bool Choice::encodes(Element element) {
+  Learnt& learnt = learnt_[static_cast<std::size_t>(element)];
+  if (learnt.stage == Stage::kProbe) return !std::exchange(learnt.probe_taken, true);
+  return learnt.encodes;
 }
 
-void Choice::learn(Element element, bool encoded, std::size_t size, double seconds) {
+void Choice::learn(Element element, bool encoded, std::size_t size, double encoding,
+                   double seconds) {
   Learnt& learnt = learnt_[static_cast<std::size_t>(element)];
+  if (learnt.stage == Stage::kProbe) return learn_probe(learnt, encoded, encoding, seconds, size);
   // One that began before the way was changed.
   if (encoded != learnt.encodes) return;
   const double now = seconds / static_cast<double>(size);
-  double& way = learnt.ways[learnt.encodes];
   const double other = learnt.ways[!learnt.encodes];
-  if (learnt.trial && other > 0)
-    learnt.spared -= std::max(0.0, now - other) * static_cast<double>(size);
+  const bool is_trial = learnt.stage == Stage::kTrial;
+  if (is_trial) learnt.spared -= std::max(0.0, now - other) * static_cast<double>(size);
   // Beside it, others still went the other way.
   if (++learnt.chunks <= workers_) return;
-  const unsigned judged = learnt.chunks - workers_;
-  if (learnt.trial) {
-    learnt.sum += now;
-    const double mean = learnt.sum / judged;
-    const bool wrong = other > 0 && judged >= workers_ && mean > kVeryWrong * other;
-    if (judged < kTrial * workers_ && !wrong) return;
-    way = mean;
-    if (other == 0) return turn(learnt, true);
-    learnt.trial = false;
-    if (prefers_encoded(learnt) != learnt.encodes) turn(learnt, false);
-    return;
-  }
+  if (is_trial) return learn_trial(learnt, now);
+  double& way = learnt.ways[learnt.encodes];
   way += kWeight * (now - way);
   learnt.spared = std::min(learnt.spared + kShareOfTrials * seconds, seconds * kTrial);
+  const unsigned judged = learnt.chunks - workers_;
   const bool is_longer = prefers_encoded(learnt) != learnt.encodes;
   const bool is_due = judged >= kLeastBetweenTrials * workers_ && learnt.spared > 0;
-  if (is_due || (is_longer && judged >= kLeastBeforeTurn * workers_)) turn(learnt, true);
+  if (is_due || (is_longer && judged >= kLeastBeforeTurn * workers_)) try_other(learnt);
+}
+
+void Choice::learn_probe(Learnt& learnt, bool encoded, double encoding, double seconds,
+                         std::size_t size) {
+  const double bytes = static_cast<double>(size);
+  const double raw = learnt.ways[false];
+  if (!encoded) {
+    // The probe of a snapshot that failed never comes.
+    if (++learnt.chunks >= kLeastBetweenTrials * workers_) go(learnt, false, Stage::kProbe);
+    return;
+  }
+  if (raw > 0) learnt.spared -= std::max(0.0, seconds - raw * bytes);
+  learnt.ways[true] = encoding / bytes;
+  learnt.is_least = true;
+  if (raw == 0) return go(learnt, false, Stage::kTrial);
+  follow(learnt);
+}
+
+void Choice::learn_trial(Learnt& learnt, double now) {
+  double& way = learnt.ways[learnt.encodes];
+  const double other = learnt.ways[!learnt.encodes];
+  const unsigned judged = learnt.chunks - workers_;
+  learnt.sum += now;
+  const double mean = learnt.sum / judged;
+  // Of what is not known at all, a little is enough.
+  const bool is_over = judged >= (way > 0 ? kTrial : 1) * workers_;
+  const bool is_wrong = judged >= workers_ && mean > kVeryWrong * other;
+  if (!is_over && !is_wrong) return;
+  way = mean;
+  if (learnt.encodes) learnt.is_least = false;
+  follow(learnt);
+}
+
+// Goes the better way; to encode, where a probe alone says so, as a trial.
+void Choice::follow(Learnt& learnt) {
+  const bool encodes = prefers_encoded(learnt);
+  const Stage stage = encodes && learnt.is_least ? Stage::kTrial : Stage::kSettled;
+  if (encodes != learnt.encodes) go(learnt, encodes, stage);
+  learnt.stage = stage;
 }
 
 bool Choice::prefers_encoded(const Learnt& learnt) {
   return learnt.ways[true] <= kTolerance * learnt.ways[false];
 }
 
-void Choice::turn(Learnt& learnt, bool trial) {
-  learnt.encodes = !learnt.encodes;
-  learnt.trial = trial;
+void Choice::try_other(Learnt& learnt) {
+  go(learnt, false, learnt.encodes ? Stage::kTrial : Stage::kProbe);
+}
+
+void Choice::go(Learnt& learnt, bool encodes, Stage stage) {
+  learnt.encodes = encodes;
+  learnt.stage = stage;
+  learnt.probe_taken = false;
   learnt.chunks = 0;
   learnt.sum = 0;
 }

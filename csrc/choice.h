@@ -10,32 +10,43 @@ namespace pysnap {
 
 // Learns how long a worker takes for a byte when all workers encode, and when all write raw, and
 // goes the shorter way: raw where the disk is faster than encoders on the cores that training
-// leaves, encoded where it is slower, and where both take as long, for the files are smaller. All
-// go the same way for some chunks before it is judged, as they share the disk and the cores: a
-// worker alone that encodes would pay for it, and the others have what it spares of the disk.
-// Chunks of one element type are alike, so each type is learnt by itself. The other way is tried
-// again now and then, so seldom that it costs a fiftieth of the time. Not thread safe.
+// leaves, encoded where it is slower, and where both take as long, for the files are smaller.
+//
+// Where encoding alone takes longer than all of a raw chunk does, encoding cannot be the shorter
+// way: one chunk shows that, the probe. Otherwise all go the other way for some chunks before it is
+// judged, as they share the disk and the cores: a worker alone that encodes would pay for it, and
+// the others have what it spares of the disk. Chunks of one element type are alike, so each type is
+// learnt by itself. The other way is tried again now and then, so seldom that it costs a fiftieth
+// of the time. Not thread safe.
 class Choice {
  public:
   explicit Choice(unsigned workers) : workers_(workers) {}
 
-  // For the next chunk of this type.
-  bool encodes(Element element) const;
-  // How long a chunk of `size` raw bytes took, from its digest until it was written.
-  void learn(Element element, bool encoded, std::size_t size, double seconds);
+  // For the next chunk of this type, which is taken now.
+  bool encodes(Element element);
+  // How long a chunk of `size` raw bytes took, from its digest until it was written, and how much
+  // of that its encoding was.
+  void learn(Element element, bool encoded, std::size_t size, double encoding, double seconds);
 
  private:
+  enum class Stage { kSettled, kTrial, kProbe };
   struct Learnt {
     // Seconds per byte, raw and encoded; 0 is not known yet.
     std::array<double, 2> ways{};
-    bool encodes = true;  // the way that is gone now
-    bool trial = true;
-    unsigned chunks = 0;  // that went this way since it is gone
+    bool is_least = true;  // the encoded way takes so long at least: a probe showed it
+    bool encodes = false;  // the way that is gone now
+    Stage stage = Stage::kProbe;
+    bool probe_taken = false;
+    unsigned chunks = 0;  // that went this way since it is gone, or since the probe
     double sum = 0;       // of their seconds per byte in a trial
     double spared = 0;    // seconds that a trial may cost; below zero: the last took more
   };
+  void learn_probe(Learnt& learnt, bool encoded, double encoding, double seconds, std::size_t size);
+  void learn_trial(Learnt& learnt, double now);
+  static void follow(Learnt& learnt);
   static bool prefers_encoded(const Learnt& learnt);
-  static void turn(Learnt& learnt, bool trial);
+  static void try_other(Learnt& learnt);
+  static void go(Learnt& learnt, bool encodes, Stage stage);
 
   const unsigned workers_;
   std::array<Learnt, kElementCount> learnt_;

@@ -573,18 +573,15 @@ void Engine::work() {
     const Span& span = job->spans_[index];
     const bool encoded = encodes(span.element);
     lock.unlock();
-    std::optional<StoredChunk> chunk;
+    std::optional<Written> written;
     std::optional<Error> failure;
-    std::chrono::duration<double> busy{};
     try {
       if (encoded && !encoder) {
         out = make_buffer(options_.chunk_size);
         encoder.emplace(options_.zstd,
                         options_.codec == Codec::kSmall ? Effort::kSmall : Effort::kFast);
       }
-      const auto start = std::chrono::steady_clock::now();
-      chunk = write(*pack, span, staged->slot, encoded ? &*encoder : nullptr, out.get());
-      busy = std::chrono::steady_clock::now() - start;
+      written = write(*pack, span, staged->slot, encoded ? &*encoder : nullptr, out.get());
     } catch (const std::exception& caught) {
       failure = to_failure(caught);
     }
@@ -594,8 +591,8 @@ void Engine::work() {
     if (failure) {
       job->fail(*failure);
     } else {
-      choice_.learn(span.element, encoded, span.raw, busy.count());
-      job->chunks_[index] = *chunk;
+      choice_.learn(span.element, encoded, span.raw, written->encoding, written->seconds);
+      job->chunks_[index] = written->chunk;
       ++job->written_;
     }
     progress_.notify_all();
@@ -608,21 +605,28 @@ bool Engine::encodes(Element element) {
   return options_.codec != Codec::kNone;
 }
 
-StoredChunk Engine::write(PackWriter& pack, const Span& span, const Slot& slot,
-                          PlanesEncoder* encoder, std::uint8_t* out) const {
+Engine::Written Engine::write(PackWriter& pack, const Span& span, const Slot& slot,
+                              PlanesEncoder* encoder, std::uint8_t* out) const {
+  using Clock = std::chrono::steady_clock;
+  const auto seconds_since = [](Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  };
+  const Clock::time_point start = Clock::now();
   trace::Scope scope(trace::Phase::kEncode, span.raw);
   std::uint8_t* raw = slot.data();
   StoredChunk chunk{
       0, span.raw, span.raw, span.element, Encoding::kRaw, 0, xxh3_128(raw, span.raw)};
+  const Clock::time_point digested = Clock::now();
   const std::size_t encoded =
       encoder != nullptr ? encoder->encode(span.element, raw, span.raw, out) : 0;
+  const double encoding = seconds_since(digested);
   if (encoded > 0) {
     chunk.stored = static_cast<std::uint32_t>(encoded);
     chunk.encoding = Encoding::kPlanes;
   }
   scope.next(trace::Phase::kWrite, chunk.stored);
   chunk.offset = pack.append(encoded > 0 ? out : raw, chunk.stored);
-  return chunk;
+  return {chunk, encoding, seconds_since(start)};
 }
 
 }  // namespace pysnap

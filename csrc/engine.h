@@ -219,8 +219,14 @@ class Engine {
   void land();
   std::shared_ptr<Device> device(DeviceIndex index);
   bool encodes(Element element);
-  StoredChunk write(PackWriter& pack, const Span& span, const Slot& slot, PlanesEncoder* encoder,
-                    std::uint8_t* out) const;
+  // A chunk that was written, and the seconds that this, and its encoding alone, took.
+  struct Written {
+    StoredChunk chunk;
+    double encoding;
+    double seconds;
+  };
+  Written write(PackWriter& pack, const Span& span, const Slot& slot, PlanesEncoder* encoder,
+                std::uint8_t* out) const;
 
   // Constant after construction.
   const EngineOptions options_;
