@@ -29,6 +29,11 @@ bool Choice::encodes(Element element) {
   return learnt.encodes;
 }
 
+bool Choice::is_raw(Element element) const {
+  const Learnt& learnt = learnt_[static_cast<std::size_t>(element)];
+  return learnt.stage == Stage::kSettled && !learnt.encodes;
+}
+
 void Choice::learn(Element element, bool encoded, std::size_t size, double encoding,
                    double seconds) {
   Learnt& learnt = learnt_[static_cast<std::size_t>(element)];

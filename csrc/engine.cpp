@@ -19,6 +19,8 @@ constexpr std::uint64_t kSample = 64;
 constexpr std::chrono::hours kForever{24 * 365 * 100};
 // A device keeps no more than this for clones.
 constexpr std::uint64_t kMostCloned = std::uint64_t{64} << 20;
+// Workers that keep a disk busy: with one, it is idle between two writes.
+constexpr unsigned kWriters = 2;
 
 // Objects of a forked child are never destroyed: their mutexes may be locked by threads that do not
 // exist there.
@@ -381,10 +383,28 @@ void Job::abort() {
   end(lock);
 }
 
+bool Job::may_work() const {
+  if (pack_ == nullptr) return false;
+  if (!holding_) return !staged_.empty() || !written_ahead_.empty();
+  return !staged_.empty() && writing_ < kWriters &&
+         engine_.writes_raw(spans_[staged_.front().chunk].element);
+}
+
+// A chunk to be written, as long as that keeps the disk busy, else one of which the digest is
+// missing.
+Job::Staged Job::take_staged() {
+  const bool is_busy = staged_.empty() || (!holding_ && writing_ >= kWriters);
+  std::deque<Staged>& queue = is_busy && !written_ahead_.empty() ? written_ahead_ : staged_;
+  Staged staged = std::move(queue.front());
+  queue.pop_front();
+  return staged;
+}
+
 // The first failure is the one that is told.
 void Job::fail(const Error& error) {
   if (!failure_) failure_ = error;
   staged_.clear();
+  written_ahead_.clear();
   engine_.progress_.notify_all();
 }
 
@@ -563,15 +583,17 @@ void Engine::work() {
   Buffer out;
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    work_.wait(lock, [&] { return closing_ || (active_ != nullptr && active_->may_write()); });
+    work_.wait(lock, [&] { return closing_ || (active_ != nullptr && active_->may_work()); });
     if (closing_) return;
     std::shared_ptr<Job> job = active_;
     std::shared_ptr<PackWriter> pack = job->pack_;
-    std::optional<Job::Staged> staged(std::move(job->staged_.front()));
-    job->staged_.pop_front();
+    std::optional<Job::Staged> staged(job->take_staged());
     const std::size_t index = staged->chunk;
     const Span& span = job->spans_[index];
-    const bool encoded = encodes(span.element);
+    const bool is_written = staged->offset.has_value();
+    const bool ahead = job->holding_;
+    const bool encoded = !ahead && !is_written && encodes(span.element);
+    job->writing_ += !is_written;
     lock.unlock();
     std::optional<Written> written;
     std::optional<Error> failure;
@@ -581,17 +603,26 @@ void Engine::work() {
         encoder.emplace(options_.zstd,
                         options_.codec == Codec::kSmall ? Effort::kSmall : Effort::kFast);
       }
-      written = write(*pack, span, staged->slot, encoded ? &*encoder : nullptr, out.get());
+      if (ahead) {
+        const trace::Scope scope(trace::Phase::kWrite, span.raw);
+        staged->offset = pack->append(staged->slot.data(), span.raw);
+      } else {
+        written = write(*pack, span, *staged, encoded ? &*encoder : nullptr, out.get());
+      }
     } catch (const std::exception& caught) {
       failure = to_failure(caught);
     }
-    staged.reset();
+    if (written || failure) staged.reset();
     pack.reset();
     lock.lock();
+    job->writing_ -= !is_written;
     if (failure) {
       job->fail(*failure);
+    } else if (!written) {
+      if (!job->failure_) job->written_ahead_.push_back(std::move(*staged));
     } else {
-      choice_.learn(span.element, encoded, span.raw, written->encoding, written->seconds);
+      if (!is_written)
+        choice_.learn(span.element, encoded, span.raw, written->encoding, written->seconds);
       job->chunks_[index] = written->chunk;
       ++job->written_;
     }
@@ -605,7 +636,13 @@ bool Engine::encodes(Element element) {
   return options_.codec != Codec::kNone;
 }
 
-Engine::Written Engine::write(PackWriter& pack, const Span& span, const Slot& slot,
+// With mutex_ held. False where it is not certain.
+bool Engine::writes_raw(Element element) const {
+  if (options_.codec == Codec::kAuto) return choice_.is_raw(element);
+  return options_.codec == Codec::kNone;
+}
+
+Engine::Written Engine::write(PackWriter& pack, const Span& span, const Job::Staged& staged,
                               PlanesEncoder* encoder, std::uint8_t* out) const {
   using Clock = std::chrono::steady_clock;
   const auto seconds_since = [](Clock::time_point start) {
@@ -613,7 +650,7 @@ Engine::Written Engine::write(PackWriter& pack, const Span& span, const Slot& sl
   };
   const Clock::time_point start = Clock::now();
   trace::Scope scope(trace::Phase::kEncode, span.raw);
-  std::uint8_t* raw = slot.data();
+  std::uint8_t* raw = staged.slot.data();
   StoredChunk chunk{
       0, span.raw, span.raw, span.element, Encoding::kRaw, 0, xxh3_128(raw, span.raw)};
   const Clock::time_point digested = Clock::now();
@@ -623,6 +660,10 @@ Engine::Written Engine::write(PackWriter& pack, const Span& span, const Slot& sl
   if (encoded > 0) {
     chunk.stored = static_cast<std::uint32_t>(encoded);
     chunk.encoding = Encoding::kPlanes;
+  }
+  if (staged.offset) {
+    chunk.offset = *staged.offset;
+    return {chunk, 0, seconds_since(start)};
   }
   scope.next(trace::Phase::kWrite, chunk.stored);
   chunk.offset = pack.append(encoded > 0 ? out : raw, chunk.stored);

@@ -129,6 +129,8 @@ class Job {
   struct Staged {
     std::size_t chunk;
     Slot slot;
+    // Where its raw bytes are in the pack, if they were written ahead of their digest.
+    std::optional<std::uint64_t> offset = std::nullopt;
   };
 
   Job(Engine& engine, std::vector<Extent> extents, std::vector<Span> spans, std::size_t eager);
@@ -145,7 +147,8 @@ class Job {
   bool may_copy() const { return !failure_ && next_copy_ < copy_limit_; }
   bool is_idle() const { return copying_ == 0 && landing_ == 0; }
   bool is_written() const { return pack_ != nullptr && written_ == spans_.size(); }
-  bool may_write() const { return pack_ != nullptr && !holding_ && !staged_.empty(); }
+  bool may_work() const;
+  Staged take_staged();
   void fail(const Error& error);
   void end(std::unique_lock<std::mutex>& lock);
 
@@ -172,8 +175,12 @@ class Job {
   std::size_t copying_ = 0;     // chunks that a thread is copying
   std::size_t landing_ = 0;     // chunks that devices are copying
   std::size_t written_ = 0;
-  bool holding_ = true;  // workers stay away while the caller copies, as long as there are slots
+  // While the caller copies, workers leave it the processors, as long as there are slots: they only
+  // write.
+  bool holding_ = true;
+  unsigned writing_ = 0;  // workers that are at it
   std::deque<Staged> staged_;
+  std::deque<Staged> written_ahead_;  // digests are missing
   std::shared_ptr<PackWriter> pack_;
   std::vector<StoredChunk> chunks_;
   std::optional<Error> failure_;
@@ -219,14 +226,15 @@ class Engine {
   void land();
   std::shared_ptr<Device> device(DeviceIndex index);
   bool encodes(Element element);
+  bool writes_raw(Element element) const;
   // A chunk that was written, and the seconds that this, and its encoding alone, took.
   struct Written {
     StoredChunk chunk;
     double encoding;
     double seconds;
   };
-  Written write(PackWriter& pack, const Span& span, const Slot& slot, PlanesEncoder* encoder,
-                std::uint8_t* out) const;
+  Written write(PackWriter& pack, const Span& span, const Job::Staged& staged,
+                PlanesEncoder* encoder, std::uint8_t* out) const;
 
   // Constant after construction.
   const EngineOptions options_;

@@ -25,8 +25,11 @@
 #include "digest.h"
 #include "fixture.h"
 #include "restore.h"
+#include "trace.h"
 
 namespace {
+
+namespace trace = pysnap::trace;
 
 using fixture::Bytes;
 using fixture::errno_of;
@@ -224,6 +227,40 @@ bool holds_in_child(Call call) {
   return WIFEXITED(status) && WEXITSTATUS(status) == kAsExpected;
 }
 
+// A snapshot whose pack is open before its capture, and when its chunks went where.
+struct Traced {
+  WrittenPack pack;
+  std::vector<trace::Span> spans;
+
+  std::ptrdiff_t begun_before_last_copy(trace::Phase phase) const {
+    std::uint64_t last_copy = 0;
+    for (const trace::Span& span : spans)
+      if (is(span, trace::Phase::kCopy)) last_copy = std::max(last_copy, span.start);
+    return std::count_if(spans.begin(), spans.end(), [&](const trace::Span& span) {
+      return is(span, phase) && span.start < last_copy;
+    });
+  }
+  static bool is(const trace::Span& span, trace::Phase phase) {
+    return span.phase == static_cast<std::uint8_t>(phase);
+  }
+};
+
+Traced trace_snapshot(Engine& engine, const State& state, const std::string& path) {
+  // Where slots run out, workers do not wait for the copy.
+  engine.reserve(state.spans().size() * kChunk);
+  engine.wait_reserved();
+  trace::take();
+  trace::enable(true);
+  const std::shared_ptr<Job> job = begin(engine, state);
+  job->open_pack(path);
+  CHECK(job->capture({}, nullptr));
+  while (!job->wait_written(pysnap::kPoll)) {
+  }
+  WrittenPack pack = job->finish();
+  trace::enable(false);
+  return {std::move(pack), trace::take().spans};
+}
+
 }  // namespace
 
 TEST(what_is_restored_is_what_was_captured) {
@@ -279,6 +316,42 @@ TEST(every_codec_of_an_engine_is_read_back) {
   CHECK(encoded[Codec::kAuto] > 0);
   CHECK(encoded[Codec::kAuto] <= encoded[Codec::kFast]);
   CHECK(stored[Codec::kSmall] < stored[Codec::kFast]);
+}
+
+// A disk need not be idle while the caller copies; the processors are the caller's.
+TEST(chunks_are_written_while_others_are_copied_and_digested_afterwards) {
+  const TemporaryDirectory directory;
+  const State state = State::of_chunks(400);
+  EngineOptions options = small_engine();
+  options.slots = 600;
+  options.copy_threads = 1;
+  const std::shared_ptr<Engine> engine = Engine::create(options);
+  bool seen = false;
+  // It is for the kernel to say when a worker runs.
+  for (int pack = 0; pack < 200 && !seen; ++pack) {
+    const std::string path = directory / std::to_string(pack);
+    const Traced traced = trace_snapshot(*engine, state, path);
+    CHECK_EQ(traced.begun_before_last_copy(trace::Phase::kEncode), 0);
+    seen = traced.begun_before_last_copy(trace::Phase::kWrite) > 0;
+    check_pack(path, traced.pack, state, false);
+    CHECK(read_back(path, traced.pack, state.stream().size()) == state.stream());
+  }
+  CHECK(seen);
+}
+
+// Encoding would take the processors from the caller.
+TEST(what_is_to_be_encoded_waits_until_all_is_copied) {
+  const TemporaryDirectory directory;
+  const State state = State::of_chunks(400);
+  EngineOptions options = small_engine();
+  options.slots = 600;
+  options.codec = Codec::kFast;
+  options.zstd = fixture::zstd();
+  const std::shared_ptr<Engine> engine = Engine::create(options);
+  const Traced traced = trace_snapshot(*engine, state, directory / "pack");
+  CHECK_EQ(traced.begun_before_last_copy(trace::Phase::kEncode), 0);
+  CHECK_EQ(traced.begun_before_last_copy(trace::Phase::kWrite), 0);
+  check_pack(directory / "pack", traced.pack, state, true);
 }
 
 TEST(one_engine_takes_many_snapshots) {
