@@ -60,6 +60,11 @@ _MAX_CHUNK = 2**26
 _MAX_DEPTH = 64
 _MAX_DIMENSIONS = 64
 _MAX_INT = 2**63 - 1
+_MOMENTS: dict[str, type[datetime.datetime] | type[datetime.date] | type[datetime.time]] = {
+    "$datetime": datetime.datetime,
+    "$date": datetime.date,
+    "$time": datetime.time,
+}
 _MAX_WINDOW = 2**23
 _ALIGNMENT = 4096
 _BLOCK = 2**20
@@ -570,15 +575,18 @@ def _value(tag: str, content: Any) -> Any:
     if tag == "$generator":
         state = base64.b64decode(content["state"], validate=True)
         return {"device": _device(content["device"]), "state": state}
-    if tag == "$datetime":
-        return datetime.datetime.fromisoformat(content)
-    if tag == "$date":
-        return datetime.date.fromisoformat(content)
-    if tag == "$time":
-        return datetime.time.fromisoformat(content)
+    if tag in _MOMENTS:
+        moment = _MOMENTS[tag].fromisoformat(content)
+        if moment.isoformat() != content:
+            raise ReaderError(f"{tag} is not in the form of isoformat()")
+        return moment
     if tag == "$timedelta":
-        days, seconds, microseconds = _list(content)
-        return datetime.timedelta(days, seconds, microseconds)
+        parts = [_number(part, -_MAX_INT - 1, _MAX_INT, tag) for part in _list(content)]
+        days, seconds, microseconds = parts
+        duration = datetime.timedelta(days, seconds, microseconds)
+        if [duration.days, duration.seconds, duration.microseconds] != parts:
+            raise ReaderError("$timedelta is not days, seconds below a day and microseconds")
+        return duration
     if tag == "$path":
         return pathlib.PurePosixPath(content)
     if tag == "$enum":

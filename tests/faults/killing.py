@@ -60,8 +60,8 @@ def write_lines(path: Path) -> Note:
 
 
 def read_lines(path: Path) -> list[str]:
-    """What was noted."""
-    return path.read_text().splitlines()
+    """What was noted; nothing by a process that was killed before it began."""
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def write_snapshots(folder: Path, note: Note, *, first: int) -> None:

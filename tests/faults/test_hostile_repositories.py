@@ -61,6 +61,8 @@ NASTY: list[Any] = [
     {"$enum": ["os", "system", "id"]}, {"$path": "/etc/passwd"}, {"$device": "cuda:9"},
     {"$generator": {"device": "cpu", "state": "AAAA"}}, {"$scalar": ["|O", "AAAAAAAAAAA="]},
     {"$set": [[1]]}, {"$bytes": "A"}, {"$float": "7ff0000000000000"}, {"$size": [2**63]},
+    {"$time": "0000000000000000"}, {"$date": "20200101"}, {"$datetime": "2020-01-01"},
+    {"$timedelta": [0, 86400, 0]}, {"$timedelta": [0, 0, True]}, {"$timedelta": [10**9, 0, 0]},
 ]  # fmt: skip
 
 
@@ -87,21 +89,21 @@ def replaced(node: Any, path: tuple[Any, ...], value: Any) -> Any:
     return changed
 
 
-def verdicts(path: Path) -> tuple[bool, bool]:
-    """Whether pysnap and the independent reader accept a snapshot; any error of another kind
-    fails."""
-    accepted = []
+def verdicts(path: Path) -> tuple[bool | None, bool]:
+    """Whether pysnap and the independent reader accept a snapshot; any error of another kind fails.
+    None where this process lacks what the form allows, an enum or a device: what is wrong behind
+    that was not looked at."""
+    accepted: list[bool | None] = []
     for reads, kind in (
         ((pysnap.load, lambda p: [entry[...] for entry in pysnap.open(p).values()]), pysnap.Error),
         ((lambda p: reader.read_snapshot(p).tree(),), ReaderError),
     ):
-        ok = True
+        ok: bool | None = True
         for read in reads:
             try:
                 read(path)
             except pysnap.MismatchError:
-                # What the form allows and this process does not have: an enum, a device.
-                pass
+                ok = ok and None
             except kind as error:
                 ok = False
                 message = str(error)
@@ -109,7 +111,12 @@ def verdicts(path: Path) -> tuple[bool, bool]:
         accepted.append(ok)
     verify_snapshot(path)
     reader.verify(path)
-    return accepted[0], accepted[1]
+    return accepted[0], bool(accepted[1])
+
+
+def agree(path: Path) -> bool:
+    ours, theirs = verdicts(path)
+    return ours is None or ours == theirs
 
 
 def test_every_value_of_a_manifest_replaced(saved: Path, count: Count, full: bool) -> None:
@@ -125,9 +132,8 @@ def test_every_value_of_a_manifest_replaced(saved: Path, count: Count, full: boo
             if not full and number % 2:
                 continue
             file.write_bytes(manifest_bytes(replaced(before, path, value)))
-            ours, theirs = verdicts(saved)
             # Only torch can tell a generator's state from another.
-            assert ours == theirs or "$generator" in str(value), (path, value, ours, theirs)
+            assert agree(saved) or "$generator" in str(value), (path, value)
             count()
 
 
