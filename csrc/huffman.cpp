@@ -272,7 +272,9 @@ __attribute__((target("bmi2"))) void write_pieces_bmi2(BitWriter& writer,
 
 // GCC 12 takes the undefined operands inside its own intrinsics for mistakes of their callers.
 #pragma GCC diagnostic push
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 #define PYSNAP_VBMI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")))
 
