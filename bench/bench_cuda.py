@@ -27,8 +27,9 @@ import machine
 import peers
 import torch
 from accelerator import Accelerator, open_accelerator
-from bench_snapshot import working_directory
-from floors import Buffer, read_floor, write_floor
+from floors import Buffer, WriteFloor, read_floor
+from jobs import working_directory
+from peers import disk
 from report import Bar, Spread, table_of_bars
 from rich.console import Console
 from state import State
@@ -341,7 +342,7 @@ def side_by_side(plan: Plan, accelerator: Accelerator, folder: Path) -> dict[str
     results: dict[str, Any] = {}
     for subject in (
         peers.PYSNAP,
-        peers.DCP_PINNED,
+        peers.DCP_STAGER,
         peers.DCP,
         peers.TORCHSNAPSHOT,
         peers.TORCH_SAVE,
@@ -362,7 +363,7 @@ def side_by_side(plan: Plan, accelerator: Accelerator, folder: Path) -> dict[str
             blocked = time.perf_counter() - start
             accelerator.synchronize()
             rows.append({"call_seconds": blocked, "stall_seconds": time.perf_counter() - start})
-            peers.remove(pending.wait())
+            disk.remove(pending.wait())
         saver.close()
         results[subject] = {"first": rows[0], "warm": rows[1:]}
     return {"bytes": state.nbytes, "subjects": results}
@@ -452,7 +453,7 @@ def run(
         start = time.monotonic()
         (folder / name).mkdir()
         results[name] = of(folder / name)
-        peers.remove(folder / name)
+        disk.remove(folder / name)
         gc.collect()
         if accelerator.name != "cpu":
             torch.cuda.empty_cache()
@@ -460,7 +461,7 @@ def run(
 
     measure("rates", lambda _: bus_rates(accelerator, plan.repeats))
     rates = results["rates"]
-    measure("disk", lambda place: _disk_rate(place, min(plan.state_bytes, 2 * GB)))
+    measure("disk", lambda place: _disk_rate(place, min(plan.state_bytes, GB // 2)))
     measure("cpu", lambda place: cpu_time(plan, accelerator, place))
     measure("tiny", lambda place: tiny(plan, accelerator, place))
     measure("overlap", lambda place: overlap(plan, accelerator, place, rates["d2h"]))
@@ -472,7 +473,8 @@ def run(
 
 def _disk_rate(folder: Path, size: int) -> float:
     """Bytes a second that are written and made durable."""
-    return size / write_floor(folder, Buffer(size).view[:size])
+    data = Buffer(size)
+    return data.size / WriteFloor(folder, data.view).measure()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

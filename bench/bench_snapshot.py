@@ -1,4 +1,4 @@
-"""The benchmark: pysnap beside torch.save, DCP and safetensors, as JSON, a plot and tables.
+"""The benchmark: pysnap beside those who also save PyTorch's state, as JSON, plots and tables.
 
     python bench/bench_snapshot.py [--quick] [--check]
 
@@ -8,38 +8,34 @@ See README.md beside it for what each figure means.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import datetime
 import json
-import os
-import shutil
-import subprocess
+import shlex
 import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jobs
 import machine
 import peers
 import plot
-import psutil
 import report
-from floors import STREAMING_STORES
+import training
+from jobs import Job
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pysnap.config import parse_size
 
 HERE = Path(__file__).parent
+SCHEMA = 2
 BYTES_PER_PARAMETER = 12
 FULL_PARAMETERS = 125_000_000
 QUICK_PARAMETERS = FULL_PARAMETERS // 16
 FULL_BOUND = 256 * 2**20
 LEAST_BOUND = 16 * 2**20
-CHILD_LIMIT_SECONDS = 900.0
-ERROR_LINES = 15
+TRAINED_WITH = (peers.PYSNAP, peers.PYSNAP_OVERLAP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +61,9 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Free space that is needed: three copies of the state and one more to spare."""
-        return 4 * self.state_bytes
+        """Free space that is needed: six copies of the state, which are restored, and one more to
+        spare."""
+        return 7 * self.state_bytes
 
     @property
     def memory_bytes(self) -> int:
@@ -74,169 +71,70 @@ class Plan:
         return 4 * self.state_bytes + 2**30
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One child process."""
-
-    kind: str
-    subject: str
-    arguments: dict[str, Any]
-
-    @property
-    def title(self) -> str:
-        return f"{self.kind}: {self.subject}" if self.subject else self.kind
-
-
-class ChildError(Exception):
-    """A measurement that ended without a result."""
-
-
-def measurements(plan: Plan) -> list[Measurement]:
+def measurements(plan: Plan) -> list[Job]:
     """Everything that is to be measured, in order."""
-    bounds: dict[str, int | None] = {
-        peers.PYSNAP: None,
-        peers.PYSNAP_OVERLAP: None,
-        peers.PYSNAP_FAST: None,
-        peers.PYSNAP_RAW: None,
-        peers.PYSNAP_BOUNDED: plan.bound,
-    }
-    subjects = [*bounds, *(peers.PEERS[peer] for peer in plan.peers)]
+    others = [peers.PEERS[peer].name for peer in plan.peers]
 
-    def saves(subject: str, repeats: int) -> Measurement:
+    def saves(subject: str, repeats: int) -> Job:
+        bound = plan.bound if subject == peers.PYSNAP_BOUNDED else None
+        size = {"parameters": plan.parameters, "repeats": repeats, "host_memory": bound}
+        return Job("saves", subject, size | {"subject": subject})
+
+    def beside(loop: str, subject: str) -> Job:
         arguments = {
             "subject": subject,
+            "loop": loop,
             "parameters": plan.parameters,
-            "repeats": repeats,
-            "host_memory": bounds.get(subject),
+            "pairs": plan.pairs,
+            "seconds": plan.segment_seconds,
+            "host_memory": None,
         }
-        return Measurement("saves", subject, arguments)
+        return Job("training", subject, arguments)
 
-    training = {
-        "parameters": plan.parameters,
-        "pairs": plan.pairs,
-        "seconds": plan.segment_seconds,
-        "host_memory": None,
-    }
+    again = {"parameters": plan.parameters, "repeats": plan.repeats}
     return [
-        *(saves(subject, plan.repeats) for subject in subjects),
+        *(saves(subject, plan.repeats) for subject in (*peers.OURS, *others)),
         *(saves(peers.PYSNAP, 0) for _ in range(plan.more_firsts)),
-        *(
-            Measurement("training", subject, training | {"subject": subject})
-            for subject in (peers.PYSNAP, *subjects[len(bounds) :])
-        ),
-        Measurement("restores", "", {"parameters": plan.parameters, "repeats": plan.repeats}),
+        Job("codecs", "", again),
+        *(beside(loop, name) for loop in training.LOOPS for name in (*TRAINED_WITH, *others)),
+        Job("restores", "", again),
     ]
-
-
-def run_child(measurement: Measurement, directory: Path, tell: Callable[[str], None]) -> Any:
-    """The result of one measurement. Raises ChildError with what the child wrote last."""
-    # Settings of the caller's pysnap must not change what is measured.
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYSNAP_")
-    }
-    if measurement.kind == "saves":
-        environment |= STREAMING_STORES
-    arguments = measurement.arguments | {"directory": str(directory)}
-    job = json.dumps({"measure": measurement.kind, "arguments": arguments})
-    reading, writing = os.pipe()
-    with os.fdopen(reading) as report_lines, tempfile.TemporaryFile("w+") as output:
-        child = subprocess.Popen(
-            [sys.executable, str(HERE / "child.py"), str(writing), job],
-            pass_fds=[writing],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-        )
-        os.close(writing)
-        limit = threading.Timer(CHILD_LIMIT_SECONDS, child.kill)
-        limit.start()
-        result = None
-        try:
-            for line in report_lines:
-                message = json.loads(line)
-                if "tell" in message:
-                    tell(message["tell"])
-                else:
-                    result = message["result"]
-            status = child.wait()
-        finally:
-            limit.cancel()
-            child.kill()
-            child.wait()
-        if status != 0 or result is None:
-            output.seek(0)
-            last = "\n".join(output.read().splitlines()[-ERROR_LINES:])
-            raise ChildError(f"{measurement.title} ended with status {status}:\n{last}")
-    return result
 
 
 def run(plan: Plan, directory: Path, console: Console) -> tuple[dict[str, Any], list[str]]:
     """All results and the names of what failed."""
-    results: dict[str, Any] = {"saves": {}, "training": {}, "restores": None}
+    results: dict[str, Any] = {
+        "saves": {},
+        "training": {loop: {} for loop in training.LOOPS},
+        "codecs": None,
+        "restores": None,
+    }
     failed = []
-    todo = measurements(plan)
-    columns = (
-        BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(todo))
-        for measurement in todo:
-
-            def tell(text: str, title: str = measurement.title) -> None:
-                progress.update(task, description=f"{title} ({text})")
-
-            tell("starting")
-            with tempfile.TemporaryDirectory(dir=directory) as folder:
-                try:
-                    _add(results, measurement, run_child(measurement, Path(folder), tell))
-                except ChildError as error:
-                    failed.append(measurement.subject or measurement.kind)
-                    console.print(f"[red]{error}", highlight=False)
-            progress.advance(task)
+    for job, result in jobs.run_all(measurements(plan), directory, console):
+        if result is None:
+            failed.append(job.subject or job.kind)
+        else:
+            _add(results, job, result)
     return results, failed
 
 
-def _add(results: dict[str, Any], measurement: Measurement, result: dict[str, Any]) -> None:
-    if measurement.kind == "restores":
-        results["restores"] = result
-        return
-    if measurement.kind == "saves":
+def _add(results: dict[str, Any], job: Job, result: dict[str, Any]) -> None:
+    if job.kind == "training":
+        results["training"][job.arguments["loop"]][job.subject] = result
+    elif job.kind == "saves":
         results["state"] = result.pop("state")
-    same_kind = results[measurement.kind]
-    if measurement.subject in same_kind:
-        # Another process that took its first save only.
-        same_kind[measurement.subject]["first"] += result["first"]
+        known = results["saves"].setdefault(job.subject, result)
+        if known is not result:
+            # Another process that took its first save only.
+            known["first"] += result["first"]
     else:
-        same_kind[measurement.subject] = result
-
-
-def check_room(plan: Plan, directory: Path) -> None:
-    """Raise SystemExit where space or memory would run out."""
-    for what, needed, free in (
-        (f"disk space in {directory}", plan.disk_bytes, shutil.disk_usage(directory).free),
-        ("memory", plan.memory_bytes, psutil.virtual_memory().available),
-    ):
-        if free < needed:
-            raise SystemExit(
-                f"the benchmark needs {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are "
-                "free: make room, or choose a smaller --size or another --dir"
-            )
-
-
-@contextlib.contextmanager
-def working_directory(given: Path | None, out: Path) -> Iterator[Path]:
-    """A new folder in `given`, or beside the results, that is removed afterwards."""
-    parent = given or out
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=parent) as folder:
-        yield Path(folder)
+        results[job.kind] = result
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--quick", action="store_true", help="1/16 of the state and few repetitions: about a minute"
+        "--quick", action="store_true", help="1/16 of the state and few repetitions: a few minutes"
     )
     parser.add_argument("--size", type=_count, metavar="N", help="parameters, such as 125M")
     parser.add_argument("--repeats", type=int, metavar="N", help="warm repetitions of each save")
@@ -245,13 +143,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=_peers,
         default=tuple(peers.PEERS),
         metavar="A,B",
-        help=f"what pysnap is compared with: of {','.join(peers.PEERS)} (all), or none",
+        help=f"what pysnap is compared with: of {','.join(peers.PEERS)} (all that are installed), "
+        "or none",
     )
     parser.add_argument(
         "--dir", type=Path, help="where to write while measuring (beside the results)"
     )
     parser.add_argument("--out", type=Path, default=HERE / "results", help="where results go")
-    parser.add_argument("--name", help="of the results: NAME.json and NAME.png")
+    parser.add_argument("--name", help="of the results: NAME.json, NAME.png, NAME-training.png")
+    parser.add_argument("--note", help="a sentence that goes with the figures wherever they go")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
     return parser.parse_args(arguments)
 
@@ -274,32 +174,59 @@ def _peers(text: str) -> tuple[str, ...]:
     return names
 
 
+def installed(names: Sequence[str], console: Console) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Those of the peers that can be measured, and why the others cannot."""
+    skipped = {name: why for name in names if (why := peers.missing(name)) is not None}
+    for name, why in skipped.items():
+        console.print(f"{name} is left out: {why}", style="yellow", highlight=False)
+    return tuple(name for name in names if name not in skipped), skipped
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What was called, but for places and names of files."""
+    words = ["python", "bench/bench_snapshot.py"]
+    if options.quick:
+        words.append("--quick")
+    if options.size:
+        words.append(f"--size={options.size}")
+    if options.repeats:
+        words.append(f"--repeats={options.repeats}")
+    if options.peers != tuple(peers.PEERS):
+        words.append(f"--peers={','.join(options.peers) or 'none'}")
+    return shlex.join(words)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the results, show them. 1 if pysnap could not be measured, or (with `--check`)
     missed a bar."""
     options = parse(arguments)
     quick = options.quick
+    # Without a terminal rich takes 80 columns, which cut the tables.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    chosen, skipped = installed(options.peers, console)
     plan = Plan(
         parameters=options.size or (QUICK_PARAMETERS if quick else FULL_PARAMETERS),
         repeats=max(1, options.repeats or (3 if quick else 5)),
         more_firsts=0 if quick else 4,
         pairs=2 if quick else 3,
         segment_seconds=1.5 if quick else 5.0,
-        peers=options.peers,
+        peers=chosen,
     )
     name = options.name or ("quick" if quick else "snapshot")
-    # Without a terminal rich takes 80 columns, which cut the tables.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    with working_directory(options.dir, options.out) as directory:
-        check_room(plan, directory)
+    with jobs.working_directory(options.dir, options.out) as directory:
+        jobs.check_room(directory, disk_bytes=plan.disk_bytes, memory_bytes=plan.memory_bytes)
         facts = machine.facts(directory)
         measured, failed = run(plan, directory, console)
     results = {
-        "schema": 1,
+        "schema": SCHEMA,
+        "command": _command(options),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "note": options.note,
         "machine": facts,
         "repeats": plan.repeats,
         "segment_seconds": plan.segment_seconds,
         "bound": plan.bound,
+        "skipped": skipped,
         **measured,
     }
     results["summary"] = report.summary(results)
@@ -310,15 +237,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = options.out / f"{name}.json"
     file.write_text(json.dumps(results, indent=1) + "\n")
     if "state" in results:
-        plot.draw(results, file.with_suffix(".png"))
+        plot.draw(results, file)
     report.show(results, console)
     if plan.parameters < FULL_PARAMETERS:
         console.print(
             "The bars are meant for the full size: in a small state, the fixed cost of a save (a "
             "few milliseconds of planning) weighs more, and caches flatter the floors."
         )
-    console.print(f"written: {file} and {file.with_suffix('.png').name}", highlight=False)
-    if set(failed) - set(peers.PEERS.values()):
+    console.print(f"written: {file} and its plots", highlight=False)
+    if set(failed) - {peer.name for peer in peers.PEERS.values()}:
         return 1
     return int(options.check and not all(bar.passed for bar in bars))
 

@@ -14,15 +14,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import codec_pairs
 import psutil
 import restores
 import saves
+import scaling
 import training
 
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "saves": saves.measure,
     "training": training.measure,
+    "codecs": codec_pairs.measure,
     "restores": restores.measure,
+    "scaling": scaling.measure,
 }
 
 

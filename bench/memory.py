@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from pathlib import Path
 
-_STATUS = Path("/proc/self/status")
+import psutil
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 
@@ -14,7 +16,8 @@ _RESET_PEAK = "5"
 class ExtraMemory:
     """Resident bytes above those at construction, at the peak since then.
 
-    The kernel keeps the peak (`VmHWM`), so nothing is missed between two samples.
+    The kernel keeps the peak (`VmHWM`), so nothing is missed between two samples. Processes that
+    were started since then, and live, count with their own peak, less what they share.
     """
 
     def __init__(self) -> None:
@@ -28,15 +31,27 @@ class ExtraMemory:
             self._known = True
         except OSError:
             self._known = False
-        self._start = _status("VmRSS")
+        self._start = _status(os.getpid(), "VmRSS")
 
     def peak(self) -> int | None:
         """The peak so far; None where the kernel does not let it be reset."""
-        return max(0, _status("VmHWM") - self._start) if self._known else None
+        if not self._known:
+            return None
+        others = psutil.Process().children(recursive=True)
+        own = _status(os.getpid(), "VmHWM") - self._start
+        return max(0, own) + sum(_private_peak(other.pid) for other in others)
 
 
-def _status(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
+def _private_peak(process: int) -> int:
+    try:
+        return _status(process, "VmHWM") - _status(process, "RssShmem")
+    except OSError:
+        return 0  # it has ended
+
+
+def _status(process: int, field: str) -> int:
+    path = Path(f"/proc/{process}/status")
+    for line in path.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"{_STATUS} has no {field}")
+    raise OSError(f"{path} has no {field}")

@@ -1,4 +1,4 @@
-"""Restoring into tensors that exist, page cache warm: pysnap beside safetensors, in turn."""
+"""Restoring into tensors that exist, page cache warm: pysnap beside others, in turn."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ import pysnap
 
 SAFETENSORS = "safetensors load_file + copy_"
 SAFETENSORS_ONE_THREAD = "safetensors, one torch thread"
+TORCH_LOAD = "torch.load(mmap) + copy_"
+DCP_LOAD = "DCP load"
+OTHERS = {
+    peers.SAFETENSORS: (SAFETENSORS, SAFETENSORS_ONE_THREAD),
+    peers.TORCH_SAVE: (TORCH_LOAD,),
+    peers.DCP: (DCP_LOAD,),
+}
+"""The restores of what a subject writes; the fastest counts."""
+CODECS = {peers.PYSNAP: "auto", peers.PYSNAP_FAST: "fast", peers.PYSNAP_RAW: "none"}
 _READ_BLOCK = 16 * 2**20
 _STAGING = 64 * 2**20
 
@@ -26,10 +35,12 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds of each restore, and its extra memory in bytes; every one is checked bit for bit.
 
-    `pysnap.Snapshotter.resume()` restores model and optimizer; safetensors, which knows neither,
-    gets the same tensors under flat names.
+    `pysnap.Snapshotter.resume()` restores model and optimizer; the others get the same tensors
+    under flat names.
     """
     from safetensors.torch import load_file, save_file
+    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     folder = Path(directory)
     tell("building the state")
@@ -40,23 +51,24 @@ def measure(
     tell("saving")
     file = folder / "state.safetensors"
     save_file(live, file)
+    pickled, parts = folder / "state.pt", folder / "dcp"
+    torch.save(live, pickled)
+    save(live, checkpoint_id=parts, no_dist=True)
     snapshotters = {
         subject: pysnap.Snapshotter(
             folder / codec, codec=codec, host_memory=_STAGING, **state.parts()
         )
-        for subject, codec in (
-            (peers.PYSNAP, "auto"),
-            (peers.PYSNAP_FAST, "fast"),
-            (peers.PYSNAP_RAW, "none"),
-        )
+        for subject, codec in CODECS.items()
     }
     for snapshotter in snapshotters.values():
         snapshotter.save().wait()
 
-    def load_safetensors() -> None:
-        loaded = load_file(file)
+    def copy_from(loaded: dict[str, Tensor]) -> None:
         for name, tensor in live.items():
             tensor.copy_(loaded[name])
+
+    def load_safetensors() -> None:
+        copy_from(load_file(file))
 
     def load_safetensors_in_one_thread() -> None:
         threads = torch.get_num_threads()
@@ -64,20 +76,25 @@ def measure(
         load_safetensors()
         torch.set_num_threads(threads)
 
-    restores: dict[str, Callable[[], object]] = {
-        SAFETENSORS: load_safetensors,
-        # Where cores are not free, torch's threads wait for each other longer than they help.
-        SAFETENSORS_ONE_THREAD: load_safetensors_in_one_thread,
-        **{subject: snapshotter.resume for subject, snapshotter in snapshotters.items()},
+    # Where cores are not free, torch's threads wait for each other longer than they help.
+    restores: dict[str, tuple[Path, Callable[[], object]]] = {
+        SAFETENSORS: (file, load_safetensors),
+        SAFETENSORS_ONE_THREAD: (file, load_safetensors_in_one_thread),
+        TORCH_LOAD: (pickled, lambda: copy_from(torch.load(pickled, mmap=True))),
+        DCP_LOAD: (parts, lambda: load(live, checkpoint_id=parts, no_dist=True)),
+        **{
+            subject: (folder / CODECS[subject], snapshotter.resume)
+            for subject, snapshotter in snapshotters.items()
+        },
     }
     seconds: dict[str, list[float]] = {name: [] for name in restores}
     extra: dict[str, list[int]] = {name: [] for name in restores}
     for repetition in range(1 + repeats):
         tell(f"restore {repetition} of {repeats}" if repetition else "first restore")
-        for name, restore in restores.items():
+        for name, (place, restore) in restores.items():
             for tensor in live.values():
                 tensor.zero_()
-            _read(folder)
+            _read(place)
             memory = ExtraMemory()
             start = time.perf_counter()
             restore()
@@ -93,10 +110,10 @@ def measure(
     }
 
 
-def _read(folder: Path) -> None:
-    """Bring every file into the page cache."""
+def _read(place: Path) -> None:
+    """Bring a file, or every file in a folder, into the page cache."""
     block = memoryview(bytearray(_READ_BLOCK))
-    for path in folder.rglob("*"):
+    for path in (place, *place.rglob("*")):
         if path.is_file() and not path.is_symlink():
             with open(path, "rb", buffering=0) as file:
                 while file.readinto(block):

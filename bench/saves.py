@@ -10,8 +10,9 @@ from typing import Any
 
 import peers
 import torch
-from floors import MemcpyFloor, write_floor
+from floors import MemcpyFloor, WriteFloor
 from memory import ExtraMemory
+from peers.disk import remove, size_on_disk
 from state import State
 
 from pysnap.memory import available_memory
@@ -44,6 +45,8 @@ def measure(
     state = State.build(parameters)
     floor = MemcpyFloor(list(state.tensors().values()))
     floor.measure()
+    tell("looking for the best way to write")
+    disk = WriteFloor(folder, floor.buffer.view)
 
     memory = ExtraMemory()
     budget = min(host_memory or available_memory() // 4, state.nbytes)
@@ -55,13 +58,13 @@ def measure(
         tell(f"save {repetition} of {repeats}" if repetition else "first save")
         state.advance()
         gc.collect()
-        written = write_floor(folder, floor.buffer.view)
+        written = disk.measure()
         copied = floor.measure()
 
         start = time.perf_counter()
         pending = saver.save()
         blocked = time.perf_counter() - start
-        if subject == peers.PYSNAP_OVERLAP:
+        if saver.overlaps:
             compute(FORWARD_AND_BACKWARD * min(copied.values()))
             at_gate = time.perf_counter()
             pending.gate()
@@ -76,12 +79,12 @@ def measure(
             {
                 "blocked_seconds": blocked,
                 "durable_seconds": durable,
-                "bytes": peers.size_on_disk(path),
+                "bytes": size_on_disk(path),
                 "memcpy_seconds": copied,
                 "write_seconds": written,
             }
         )
-        peers.remove(path)
+        remove(path)
     saver.close()
     return {
         "first": rows[:1],
@@ -89,6 +92,7 @@ def measure(
         "extra_memory": extra,
         "staging_budget": budget,
         "damaged_chunks": damages,
+        "write_floor": disk.way,
         "state": {"parameters": sum(p.numel() for p in state.model.parameters()),
                   "tensors": len(state.tensors()), "bytes": state.nbytes},
     }  # fmt: skip

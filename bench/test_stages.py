@@ -20,10 +20,11 @@ import pytest
 import torch
 import xxhash
 import zstandard
-from floors import Buffer, MemcpyFloor, write_and_sync
+from floors import Buffer, MemcpyFloor, read_floor, write_and_sync
+from payloads import KINDS, SMALLER, Payload, payloads
 from pytest_benchmark.fixture import BenchmarkFixture
 from state import State
-from trained import KINDS, Trained, train
+from trained import train
 
 from pysnap import _engine, tree
 from pysnap.capture import Stager
@@ -218,19 +219,21 @@ def test_write_pack(
 
 
 @pytest.mark.benchmark(group="write")
+@pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
 def test_write_floor_plain_file(
-    benchmark: BenchmarkFixture, floor: MemcpyFloor, disk_folder: Path, direct: bool
+    benchmark: BenchmarkFixture, floor: MemcpyFloor, disk_folder: Path, direct: bool, threads: int
 ) -> None:
-    _time_plain_file(benchmark, floor.buffer, disk_folder / "plain", direct=direct)
+    path = disk_folder / "plain"
+    _time_plain_file(benchmark, floor.buffer, path, direct=direct, threads=threads)
 
 
 def _time_plain_file(
-    benchmark: BenchmarkFixture, data: Buffer, path: Path, *, direct: bool
+    benchmark: BenchmarkFixture, data: Buffer, path: Path, *, direct: bool, threads: int = 1
 ) -> None:
     rounds(
         benchmark,
-        lambda: write_and_sync(path, data.view, direct=direct),
+        lambda: write_and_sync(path, data.view, direct=direct, threads=threads),
         setup=lambda: fresh(path),
     )
     assert path.read_bytes() == data.view
@@ -239,38 +242,55 @@ def _time_plain_file(
 # Restore: read, check, decode and copy into tensors; packs in memory, so the disk is no part of it.
 
 
+class Restoring:
+    """A pack, and tensors that are filled from it: all, or the first `share` of the stream."""
+
+    def __init__(self, engine: Engine, state: State, path: Path, share: float = 1) -> None:
+        self.path = path
+        self.chunks, self.size = write_pack(engine.staged(), path)
+        places = sorted((record.at, number) for number, record in enumerate(engine.plan.records))
+        wanted = places[: max(1, round(share * len(places)))]
+        tensors = list(state.tensors().values())
+        self._expected = [tensors[number] for _, number in wanted]
+        self._restored = [torch.zeros_like(tensor) for tensor in self._expected]
+        self._targets = np.array(
+            [
+                (at, tensor.data_ptr(), tensor.nbytes, -1)
+                for (at, _), tensor in zip(wanted, self._restored, strict=True)
+            ],
+            dtype=_engine.TARGET,
+        )
+        end = wanted[-1][0] + self._restored[-1].nbytes
+        starts = np.cumsum(self.chunks["raw"], dtype=np.uint64) - self.chunks["raw"]
+        self.needed = int(self.chunks["stored"][starts < end].sum(dtype=np.uint64))
+        """Bytes of the chunks that hold them."""
+
+    def restore(self) -> None:
+        _engine.restore(
+            packs=[(str(self.path), self.size)],
+            chunks=self.chunks,
+            targets=self._targets,
+            threads=THREADS,
+            zstd=ZSTD,
+        )
+
+    def check(self) -> None:
+        for tensor, expected in zip(self._restored, self._expected, strict=True):
+            assert torch.equal(tensor.view(torch.int32), expected.view(torch.int32))
+
+
 @pytest.mark.benchmark(group="restore")
 @pytest.mark.parametrize("codec", CODECS)
 def test_restore(
     benchmark: BenchmarkFixture,
     make_engine: Callable[[str], Engine],
-    plan: Plan,
     state: State,
     memory_folder: Path,
     codec: str,
 ) -> None:
-    path = memory_folder / "0.pack"
-    chunks, size = write_pack(make_engine(codec).staged(), path)
-    restored = [torch.zeros_like(tensor) for tensor in state.tensors().values()]
-    targets = np.array(
-        sorted(
-            (record.at, tensor.data_ptr(), tensor.nbytes, -1)
-            for record, tensor in zip(plan.records, restored, strict=True)
-        ),
-        dtype=_engine.TARGET,
-    )
-    rounds(
-        benchmark,
-        lambda: _engine.restore(
-            packs=[(str(path), size)],
-            chunks=chunks,
-            targets=targets,
-            threads=THREADS,
-            zstd=ZSTD,
-        ),
-    )
-    for tensor, expected in zip(restored, state.tensors().values(), strict=True):
-        assert torch.equal(tensor.view(torch.int32), expected.view(torch.int32))
+    restoring = Restoring(make_engine(codec), state, memory_folder / "0.pack")
+    rounds(benchmark, restoring.restore)
+    restoring.check()
 
 
 @pytest.mark.benchmark(group="restore")
@@ -291,85 +311,168 @@ def test_restore_floor_plain_file(
     assert target.view == floor.buffer.view
 
 
-# Chunk: one core encodes and decodes chunks of a model that was trained; the floors are memcpy,
-# and zstd at level 1 on the same bytes.
+# Restore, cold: from a disk, nothing in the page cache; the floor reads the same file in as many
+# threads. A tenth of the tensors reads its chunks alone.
+
+
+def forget(path: Path) -> None:
+    """Have nothing of a file in the page cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def bytes_read() -> int:
+    """What this process has asked the kernel for so far; the kernel may read ahead of it."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar:"))
+
+
+@pytest.mark.benchmark(group="restore, cold")
+@pytest.mark.parametrize("share", [1, 0.1], ids=["all", "a tenth"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_restore_cold(
+    benchmark: BenchmarkFixture,
+    make_engine: Callable[[str], Engine],
+    state: State,
+    disk_folder: Path,
+    codec: str,
+    share: float,
+) -> None:
+    restoring = Restoring(make_engine(codec), state, disk_folder / "0.pack", share)
+    rounds(benchmark, restoring.restore, setup=lambda: forget(restoring.path))
+    restoring.check()
+    forget(restoring.path)
+    before = bytes_read()
+    restoring.restore()
+    assert bytes_read() - before <= restoring.needed + CHUNK_SIZE // 4
+    benchmark.extra_info["bytes"] = restoring.needed
+
+
+@pytest.mark.benchmark(group="restore, cold")
+def test_restore_cold_floor_plain_file(
+    benchmark: BenchmarkFixture, floor: MemcpyFloor, disk_folder: Path
+) -> None:
+    path = disk_folder / "plain"
+    path.write_bytes(floor.buffer.view)
+    rounds(benchmark, lambda: read_floor(path), setup=lambda: forget(path))
+
+
+# Chunk: one core encodes and decodes chunks of a model that was trained, and of other kinds; the
+# floors are memcpy, and zstd at level 1 and, where it is installed, ZipNN on the same bytes.
+
+CODERS = ("pysnap", "zstd", "zipnn", "memcpy")
+ZIPNN_DTYPES = ("bfloat16", "float32")
 
 
 @pytest.fixture(scope="module")
-def trained(request: pytest.FixtureRequest) -> dict[str, Trained]:
-    return train(TRAINED_STEPS if request.config.getoption("--benchmark-enable") else 1)
+def payload(request: pytest.FixtureRequest) -> dict[str, Payload]:
+    return payloads(train(TRAINED_STEPS if request.config.getoption("--benchmark-enable") else 1))
 
 
-def _chunks(data: memoryview) -> list[memoryview]:
-    return [data[start : start + CHUNK_SIZE] for start in range(0, len(data), CHUNK_SIZE)]
+def _chunks(data: memoryview) -> list[bytearray]:
+    """Copies, for ZipNN reorders the bytes that it is given in their place."""
+    return [bytearray(data[at : at + CHUNK_SIZE]) for at in range(0, len(data), CHUNK_SIZE)]
 
 
 @pytest.mark.benchmark(group="chunk encode")
-@pytest.mark.parametrize("coder", ["pysnap", "zstd", "memcpy"])
+@pytest.mark.parametrize("coder", CODERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunk_encode(
-    benchmark: BenchmarkFixture, trained: dict[str, Trained], kind: str, coder: str
+    benchmark: BenchmarkFixture, payload: dict[str, Payload], kind: str, coder: str
 ) -> None:
-    data = trained[kind]
-    encode = _encoder(coder, data.element)
+    data = payload[kind]
+    encode = _encoder(coder, data)
     benchmark.group = f"encode {kind}"
-    rounds(benchmark, lambda: [encode(chunk) for chunk in _chunks(data.bytes)])
-    stored = sum(len(encode(chunk)) or len(chunk) for chunk in _chunks(data.bytes))
+    rounds(
+        benchmark,
+        lambda chunks: [encode(chunk) for chunk in chunks],
+        setup=lambda: ((_chunks(data.bytes),), {}),
+    )
+    stored = sum(len(encode(chunk)) for chunk in _chunks(data.bytes))
     benchmark.extra_info["stored / raw"] = stored / len(data.bytes)
-    assert (stored < len(data.bytes)) == (coder != "memcpy")
+    assert (stored < len(data.bytes)) == (coder != "memcpy" and kind in SMALLER)
+    if coder == "pysnap":
+        assert stored <= len(data.bytes)
 
 
 @pytest.mark.benchmark(group="chunk decode")
-@pytest.mark.parametrize("coder", ["pysnap", "zstd", "memcpy"])
+@pytest.mark.parametrize("coder", CODERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunk_decode(
-    benchmark: BenchmarkFixture, trained: dict[str, Trained], kind: str, coder: str
+    benchmark: BenchmarkFixture, payload: dict[str, Payload], kind: str, coder: str
 ) -> None:
-    data = trained[kind]
-    encode, decode = _encoder(coder, data.element), _decoder(coder, data.element)
-    encoded = [(bytes(encode(chunk)), chunk) for chunk in _chunks(data.bytes)]
+    data = payload[kind]
+    encode, decode = _encoder(coder, data), _decoder(coder, data)
+    chunks = _chunks(data.bytes)
+    encoded = [(bytes(encode(bytearray(chunk))), len(chunk)) for chunk in chunks]
     benchmark.group = f"decode {kind}"
-    rounds(benchmark, lambda: [decode(stored, len(chunk)) for stored, chunk in encoded])
-    for stored, chunk in encoded:
-        assert decode(stored, len(chunk)) == chunk
+    rounds(benchmark, lambda: [decode(stored, raw) for stored, raw in encoded])
+    for (stored, raw), chunk in zip(encoded, chunks, strict=True):
+        assert bytes(decode(stored, raw)) == chunk
 
 
-def _encoder(coder: str, element: int) -> Callable[[memoryview], memoryview]:
-    """Encodes into a buffer that the next call uses again."""
-    out = memoryview(bytearray(2 * CHUNK_SIZE))
-    if coder == "pysnap":
-        own = _engine.Coder(codec="fast", zstd=ZSTD)
-        return lambda raw: out[: own.encode(element, raw, out)]
-    if coder == "zstd":
-        zstd = zstandard.ZstdCompressor(level=1)
-        return lambda raw: memoryview(zstd.compress(raw))
+Encode = Callable[[bytearray], "memoryview | bytes"]
+Decode = Callable[[bytes, int], "memoryview | bytes"]
 
-    def copy(raw: memoryview) -> memoryview:
+
+def _encoder(coder: str, data: Payload) -> Encode:
+    """Encodes into a buffer that the next call uses again, where it can."""
+    out = memoryview(bytearray(CHUNK_SIZE))
+
+    def copy(raw: bytearray) -> memoryview:
         out[: len(raw)] = raw
         return out[: len(raw)]
 
-    return copy
-
-
-def _decoder(coder: str, element: int) -> Callable[[bytes, int], memoryview]:
-    out = memoryview(bytearray(CHUNK_SIZE))
     if coder == "pysnap":
         own = _engine.Coder(codec="fast", zstd=ZSTD)
 
-        def decode(stored: bytes, raw: int) -> memoryview:
-            assert own.decode(element, stored, out[:raw])
-            return out[:raw]
+        def encode(raw: bytearray) -> memoryview:
+            length = own.encode(data.element, raw, out[: len(raw)])
+            # What is not made smaller is written as it is.
+            return out[:length] if length else memoryview(raw)
 
-        return decode
+        return encode
     if coder == "zstd":
-        zstd = zstandard.ZstdDecompressor()
-        return lambda stored, _raw: memoryview(zstd.decompress(stored))
+        return zstandard.ZstdCompressor(level=1).compress
+    return _zipnn(data).compress if coder == "zipnn" else copy
+
+
+def _decoder(coder: str, data: Payload) -> Decode:
+    out = memoryview(bytearray(CHUNK_SIZE))
 
     def copy(stored: bytes, raw: int) -> memoryview:
         out[:raw] = stored
         return out[:raw]
 
+    if coder == "pysnap":
+        own = _engine.Coder(codec="fast", zstd=ZSTD)
+
+        def decode(stored: bytes, raw: int) -> memoryview:
+            if len(stored) == raw:
+                return copy(stored, raw)
+            assert own.decode(data.element, stored, out[:raw])
+            return out[:raw]
+
+        return decode
+    if coder == "zstd":
+        zstd = zstandard.ZstdDecompressor()
+        return lambda stored, _raw: zstd.decompress(stored)
+    if coder == "zipnn":
+        zipnn = _zipnn(data)
+        return lambda stored, _raw: zipnn.decompress(stored)
     return copy
+
+
+def _zipnn(data: Payload) -> Any:
+    """ZipNN in one thread; skips where it is not installed, and for types that it does not know."""
+    zipnn = pytest.importorskip("zipnn")
+    if data.dtype not in ZIPNN_DTYPES:
+        pytest.skip(f"ZipNN does not know {data.dtype}")
+    return zipnn.ZipNN(input_format="byte", bytearray_dtype=data.dtype, threads=1)
 
 
 # Digest: of one chunk, as the workers take it; the floors read it, and check it as torch.save does.

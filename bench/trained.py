@@ -1,4 +1,4 @@
-"""Bytes of a model that was trained for real: what an encoder has to do with depends on them.
+"""A model that was trained for real: what an encoder has to do with depends on its bytes.
 
 A transformer over bytes, of 7 million parameters in matrices of up to 4 MiB, learns the sources of
 Python's standard library.
@@ -6,6 +6,7 @@ Python's standard library.
 
 from __future__ import annotations
 
+import functools
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,23 +20,28 @@ from training import Model
 _WIDTH = 512
 _CONTEXT = 128
 _BATCH = 8
-_F16, _F32 = 4, 5
-KINDS = ("bf16 weights", "fp32 weights", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Trained:
-    element: int
-    """Its number at the engine."""
-    bytes: memoryview
+    """Weights and moments of all parameters, one after the other, in fp32."""
+
+    weights: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
 
-def train(steps: int) -> dict[str, Trained]:
-    """The bytes of each of KINDS after so many steps."""
-    torch.manual_seed(0)
+@functools.cache
+def text() -> bytes:
+    """The sources of the modules of Python's standard library."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+
+
+def train(steps: int) -> Trained:
+    """The model after so many steps."""
+    torch.manual_seed(0)
+    data = torch.frombuffer(bytearray(text()), dtype=torch.uint8).long()
     model = Model(_WIDTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95))
     for _ in range(steps):
@@ -47,21 +53,12 @@ def train(steps: int) -> dict[str, Trained]:
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own gap
         optimizer.step()
     parameters = list(model.parameters())
-    weights = _joined(parameters)
-    moments = {
-        name: _joined([optimizer.state[parameter][name] for parameter in parameters])
+    exp_avg, exp_avg_sq = (
+        _joined([optimizer.state[parameter][name] for parameter in parameters])
         for name in ("exp_avg", "exp_avg_sq")
-    }
-    return {
-        "bf16 weights": _bytes(weights.bfloat16(), _F16),
-        "fp32 weights": _bytes(weights, _F32),
-        **{name: _bytes(moment, _F32) for name, moment in moments.items()},
-    }
+    )
+    return Trained(_joined(parameters), exp_avg, exp_avg_sq)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
-
-
-def _bytes(tensor: Tensor, element: int) -> Trained:
-    return Trained(element, tensor.view(torch.uint8).numpy().data)

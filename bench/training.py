@@ -6,10 +6,11 @@ import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import peers
 import torch
+from peers.disk import remove
 from state import State
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,6 +20,10 @@ _WIDTH = 128
 _CONTEXT = 128
 _BATCH = 8
 _WARM_STEPS = 5
+_PYTHON_ROUNDS = 50_000
+
+COMPUTE = "compute-bound"
+PYTHON = "GIL-bound"
 
 
 class Model(nn.Module):
@@ -40,34 +45,78 @@ class Model(nn.Module):
         return logits
 
 
-class _Training:
-    """Real steps (forward, backward, AdamW) on random bytes."""
+Gate = Callable[[], object]
+
+
+class _Loop(Protocol):
+    """A training loop."""
+
+    def parts(self) -> peers.Parts:
+        """What it trains, by name."""
+
+    def step(self, gate: Gate | None) -> None:
+        """One step; `gate` stands before what it changes."""
+
+
+class _Compute:
+    """Real steps (forward, backward, AdamW) on random bytes; most of the time in torch's kernels,
+    without the GIL."""
 
     def __init__(self) -> None:
         self.model = Model()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
 
-    def step(self) -> None:
+    def parts(self) -> peers.Parts:
+        return {"trained": self.model, "trained_optimizer": self.optimizer}
+
+    def step(self, gate: Gate | None) -> None:
         tokens = torch.randint(_VOCABULARY, (_BATCH, _CONTEXT + 1))
         logits = self.model(tokens[:, :-1])
         loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own gap
+        if gate is not None:
+            gate()
         self.optimizer.step()
 
-    def run(self, steps: int) -> float:
-        """Seconds of the longest step."""
-        longest = 0.0
-        for _ in range(steps):
-            start = time.perf_counter()
-            self.step()
-            longest = max(longest, time.perf_counter() - start)
-        return longest
+
+class _Python:
+    """Steps in Python alone, which holds the GIL, as a loop that launches small kernels does."""
+
+    def __init__(self) -> None:
+        self._value = 1
+
+    def parts(self) -> peers.Parts:
+        return {}
+
+    def step(self, gate: Gate | None) -> None:
+        value = self._value
+        for _ in range(_PYTHON_ROUNDS):
+            value = (value * 1_103_515_245 + 12_345) & 0x7FFF_FFFF
+        if gate is not None:
+            gate()
+        self._value = value
+
+
+_LOOPS: dict[str, Callable[[], _Loop]] = {COMPUTE: _Compute, PYTHON: _Python}
+LOOPS = tuple(_LOOPS)
+
+
+def _run(loop: _Loop, steps: int, gate: Gate | None = None) -> float:
+    """Seconds of the longest step; `gate` is in the first one."""
+    longest = 0.0
+    for _ in range(steps):
+        start = time.perf_counter()
+        loop.step(gate)
+        gate = None
+        longest = max(longest, time.perf_counter() - start)
+    return longest
 
 
 def measure(
     *,
     subject: str,
+    loop: str,
     parameters: int,
     pairs: int,
     seconds: float,
@@ -75,7 +124,8 @@ def measure(
     directory: str,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Segments of as many steps as take about `seconds`, in turn without and with a save.
+    """Segments of as many steps of one of LOOPS as take about `seconds`, in turn without and with
+    a save.
 
     The state of `parameters` parameters is saved together with what is trained. torch has one
     thread, as a data-parallel process of a machine with few cores has.
@@ -83,23 +133,23 @@ def measure(
     tell("building the state")
     state = State.build(parameters)
     torch.set_num_threads(1)
-    training = _Training()
-    parts = state.parts() | {"trained": training.model, "trained_optimizer": training.optimizer}
+    training = _LOOPS[loop]()
+    parts = state.parts() | training.parts()
 
-    training.run(_WARM_STEPS)
+    _run(training, _WARM_STEPS)
     start = time.perf_counter()
-    training.run(_WARM_STEPS)
+    _run(training, _WARM_STEPS)
     steps = max(_WARM_STEPS, round(seconds * _WARM_STEPS / (time.perf_counter() - start)))
 
     saver = peers.open_saver(subject, parts, Path(directory), host_memory)
     saver.wait_ready()
-    peers.remove(saver.save().wait())
+    remove(saver.save().wait())
 
     def plain() -> dict[str, float]:
         state.advance()
         gc.collect()
         start = time.perf_counter()
-        longest = training.run(steps)
+        longest = _run(training, steps)
         return {"seconds": time.perf_counter() - start, "longest_step_seconds": longest}
 
     def saving() -> dict[str, float | bool]:
@@ -108,10 +158,10 @@ def measure(
         start = time.perf_counter()
         pending = saver.save()
         blocked = time.perf_counter() - start
-        longest = training.run(steps)
+        longest = _run(training, steps, pending.gate)
         elapsed = time.perf_counter() - start
         inside = pending.done()
-        peers.remove(pending.wait())
+        remove(pending.wait())
         return {
             "seconds": elapsed,
             "blocked_seconds": blocked,

@@ -1,0 +1,29 @@
+"""How a figure grows along an axis: the factor per decade between neighbours, and the exponent."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise
+
+# (place on the axis, figure), both above 0, in the order of the axis.
+Curve = Sequence[tuple[float, float]]
+
+
+def per_decade(curve: Curve) -> list[float]:
+    """By what factor the figure grows between neighbours, as if they were a decade apart: 10 is
+    linear, 1 is constant."""
+    return [
+        math.pow(after / before, 1 / math.log10(end / start))
+        for (start, before), (end, after) in pairwise(curve)
+    ]
+
+
+def exponent(curve: Curve) -> float:
+    """The slope of the line of least squares in logarithms: 1 is linear, 0 is constant. NaN for
+    fewer than two places."""
+    if len(curve) < 2:
+        return math.nan
+    places, figures = ([math.log(value) for value in axis] for axis in zip(*curve, strict=True))
+    return statistics.linear_regression(places, figures).slope

@@ -1,0 +1,165 @@
+"""The figures in README.md, from a results file: a table, the machine, the command, two plots.
+
+    python bench/readme.py [RESULTS.json]
+
+replaces what stands between the two comments in README.md, and draws the plots again. Nothing is
+measured: `bench_snapshot.py` does that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import peers
+import plot
+import training
+from report import Results, Spread, blocked_ratios, lost_seconds, restore_seconds
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+RESULTS = HERE / "results" / "snapshot.json"
+BEGIN = "<!-- figures: written by `python bench/readme.py`, not by hand -->"
+END = "<!-- end of the figures -->"
+_UNKNOWN = "-"
+
+# Figures of one subject, of all results.
+_Column = tuple[str, Callable[[Results, str], "list[float]"], Callable[[float], str]]
+
+
+def _of_saves(figure: str) -> Callable[[Results, str], list[float]]:
+    return lambda results, subject: [row[figure] for row in results["saves"][subject]["warm"]]
+
+
+def _ratios(results: Results, subject: str) -> list[float]:
+    return blocked_ratios(results["saves"][subject]["warm"])
+
+
+def _lost(loop: str) -> Callable[[Results, str], list[float]]:
+    def of(results: Results, subject: str) -> list[float]:
+        result = results["training"].get(loop, {}).get(subject)
+        return lost_seconds(result) if result else []
+
+    return of
+
+
+def _extra(results: Results, subject: str) -> list[float]:
+    extra = results["saves"][subject]["extra_memory"]
+    return [] if extra is None else [extra]
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s" if abs(value) < 0.1 else f"{value:.2f} s"
+
+
+def _gigabytes(value: float) -> str:
+    return f"{value / 1e9:.2f} GB"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}" if value < 2 else f"{value:.1f}"
+
+
+_COLUMNS: tuple[_Column, ...] = (
+    ("blocked", _of_saves("blocked_seconds"), _seconds),
+    ("/ best memcpy", _ratios, _times),
+    ("lost by a save, compute-bound", _lost(training.COMPUTE), _seconds),
+    ("GIL-bound", _lost(training.PYTHON), _seconds),
+    ("durable", _of_saves("durable_seconds"), _seconds),
+    ("on disk", _of_saves("bytes"), _gigabytes),
+    ("extra memory", _extra, _gigabytes),
+    ("restore", restore_seconds, _seconds),
+)
+
+
+def figures(results: Results, results_file: Path, readme: Path = README) -> str:
+    """What stands between the comments, as Markdown; links are relative to `readme`."""
+    state, machine = results["state"], results["machine"]
+
+    def link(path: Path) -> str:
+        return Path(os.path.relpath(path, readme.parent)).as_posix()
+
+    skipped = [peers.PEERS[name].name for name in results["skipped"]]
+    table = link(results_file)
+    saving, trained = map(link, plot.files(results_file))
+    lines = [
+        f"`{results['command']}`, {results['date']}: a state of {state['bytes'] / 1e9:.2f} GB "
+        f"({state['parameters'] / 1e6:.0f} M parameters with AdamW in fp32, {state['tensors']} "
+        f"tensors), {machine['cores']} cores of {_article(machine['cpu'])}, "
+        f"{machine['memory_bytes'] / 1e9:.0f} GB of memory, {machine['file_system']}, "
+        f"torch {machine['torch']}; medians of {results['repeats']}. All repetitions are in "
+        f"[{table}]({table}).",
+        "",
+        _table(results),
+        "",
+        "The unnamed variant of pysnap is `save()` with default settings, which copies everything "
+        "at once; `overlap` is what a snapshot costs that is due at the end of a step; "
+        f"`bounded` has {results['bound'] / 2**20:.0f} MiB of staging memory. Lost: seconds of "
+        "training that one save costs in all, blocked time included. pysnap's restore checks "
+        "every byte; the others check nothing.",
+    ]
+    if results["note"]:
+        lines += ["", results["note"]]
+    if skipped:
+        lines += ["", f"Not installed where this was measured: {', '.join(skipped)}."]
+    lines += [
+        "",
+        f"![saving and restoring, as bars]({saving})",
+        f"![what a save costs training, as bars]({trained})",
+    ]
+    return "\n".join(lines)
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[:1].upper() in 'AEIOU' else 'a'} {name}"
+
+
+def _table(results: Results) -> str:
+    columns = [
+        column for column in _COLUMNS if any(column[1](results, name) for name in results["saves"])
+    ]
+    lines = [
+        "| | " + " | ".join(title for title, _, _ in columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for subject in results["saves"]:
+        cells = []
+        for _, values_of, number in columns:
+            values = values_of(results, subject)
+            cells.append(number(Spread.of(values).median) if values else _UNKNOWN)
+        lines.append(f"| {subject} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def replaced(text: str, figures: str) -> str:
+    """`text` with `figures` between the comments. Raises ValueError where they are not there."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"there must be a line {BEGIN}, and after it a line {END}")
+    return f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=README, help="the file that is changed")
+    options = parser.parse_args(arguments)
+    results = json.loads(options.results.read_text())
+    text = options.readme.read_text()
+    try:
+        new = replaced(text, figures(results, options.results, options.readme))
+    except ValueError as error:
+        raise SystemExit(f"{options.readme}: {error}") from None
+    plot.draw(results, options.results)
+    options.readme.write_text(new)
+    print(f"written: {options.readme} and the plots beside {options.results}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
