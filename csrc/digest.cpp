@@ -247,9 +247,7 @@ __attribute__((target("avx2"))) void rounds_avx2(u64* acc, const u8* input, std:
 // GCC 12 warns of the deliberately undefined registers in its own AVX-512 header (GCC bug 105593).
 #pragma GCC diagnostic push
 #if !defined(__clang__)
-#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
 #endif
 
 __attribute__((target("avx512f"))) void rounds_avx512(u64* acc, const u8* input,
