@@ -117,18 +117,19 @@ class CudaDevice : public Device, public std::enable_shared_from_this<CudaDevice
     current.check();
     this->driver().check(this->driver().cuStreamCreate(&stream_, kCudaNonBlockingStream),
                          "creating a stream");
-    scratch_ = allocate(kScratch);
-    if (std::optional<PieceKernel> kernel = PieceKernel::load(this->driver(), stream_))
-      kernel_.emplace(std::move(*kernel));
-    numa_node_ = find_numa_node(device);
+    try {
+      scratch_ = allocate(kScratch);
+      if (std::optional<PieceKernel> kernel = PieceKernel::load(this->driver(), stream_))
+        kernel_.emplace(std::move(*kernel));
+      numa_node_ = find_numa_node(device);
+    } catch (...) {
+      release();
+      throw;
+    }
   }
   ~CudaDevice() override {
     const Current current(context_);
-    for (const CudaAddress memory : {scratch_, clone_}) {
-      if (memory != 0) driver().cuMemFree_v2(memory);
-    }
-    kernel_.reset();
-    driver().cuStreamDestroy_v2(stream_);
+    release();
   }
 
   void follow(StreamHandle stream) override {
@@ -275,6 +276,14 @@ class CudaDevice : public Device, public std::enable_shared_from_this<CudaDevice
   bool fits(std::size_t length, std::size_t at) const {
     return scratch_ != 0 && length < kShort && at + length <= kScratch;
   }
+  // With the context current.
+  void release() {
+    for (const CudaAddress memory : {scratch_, clone_}) {
+      if (memory != 0) driver().cuMemFree_v2(memory);
+    }
+    kernel_.reset();
+    driver().cuStreamDestroy_v2(stream_);
+  }
   // 0 where there is none.
   CudaAddress allocate(std::size_t size) const {
     CudaAddress memory = 0;
@@ -333,6 +342,9 @@ class CudaFence : public Fence {
     const CudaResult result =
         recorded_ ? driver.cuEventQuery(event_->get()) : driver.cuStreamQuery(device_->stream());
     if (result == kCudaNotReady) return false;
+    // Nor does a call that was refused, unless the stream has nothing more to do.
+    if (result != kCudaSuccess && driver.cuStreamQuery(device_->stream()) == kCudaNotReady)
+      return false;
     driver.check(result, "a copy between host and device");
     return true;
   }

@@ -31,13 +31,6 @@ std::shared_ptr<T> owned_by_process(T* object) {
   });
 }
 
-// What a thread caught, as the failure of a job: no exception may leave a thread of the engine, or
-// a chunk that is counted as being copied.
-Error to_failure(const std::exception& caught) {
-  if (const Error* error = dynamic_cast<const Error*>(&caught)) return *error;
-  return Error::io("allocating memory for", "a chunk", ENOMEM);
-}
-
 struct Interruption {};
 
 void poll(const Interrupted& interrupted) {
@@ -89,7 +82,7 @@ bool Job::capture(const Streams& streams, const Interrupted& interrupted) {
   order(devices_, streams, &Device::follow);
   // Whatever is eager may be changed by what the caller queues next.
   const bool overlaps = eager_ < spans_.size();
-  const Devices waiting = overlaps ? clone_eager() : devices_;
+  const Devices uncloned = overlaps ? clone_eager() : Devices();
   if (overlaps) order(devices_, streams, &Device::gate);
   {
     std::lock_guard<std::mutex> lock(engine_.mutex_);
@@ -98,9 +91,8 @@ bool Job::capture(const Streams& streams, const Interrupted& interrupted) {
   engine_.copies_.notify_all();
   const bool completed = copy_until_done(interrupted);
   if (!completed) abort();
-  order(waiting, streams, &Device::gate);
-  for (std::size_t chunk = eager_; completed && chunk < spans_.size(); ++chunk)
-    samples_.push_back(sample(chunk, nullptr));
+  order(overlaps ? uncloned : devices_, streams, &Device::gate);
+  if (completed) take_samples();
   {
     std::lock_guard<std::mutex> lock(engine_.mutex_);
     holding_ = false;
@@ -123,27 +115,52 @@ bool Job::gate(const Streams& streams, const Interrupted& interrupted) {
 // extents are read where they are.
 Devices Job::clone_eager() {
   Devices others;
-  for (const auto& [index, device] : devices_) {
-    std::vector<Source> sources;
-    for (std::size_t i = 0; i < eager_extents_; ++i) {
-      if (extents_[i].device == index) sources.push_back({extents_[i].address, extents_[i].length});
-    }
-    if (sources.empty()) continue;
-    std::optional<std::uint64_t> at;
-    try {
-      at = device->clone(sources);
-    } catch (const Error& error) {
-      std::lock_guard<std::mutex> lock(engine_.mutex_);
-      fail(error);
-    }
-    if (!at) others.insert({index, device});
-    for (std::size_t i = 0; at && i < eager_extents_; ++i) {
-      if (extents_[i].device != index) continue;
-      extents_[i].address = *at;
-      *at += extents_[i].length;
-    }
+  {
+    std::lock_guard<std::mutex> lock(engine_.mutex_);
+    if (failure_) return others;
+    // The engine is not closed meanwhile.
+    ++copying_;
   }
+  std::list<Landing> landing;
+  std::optional<Error> failure;
+  try {
+    landing.push_back({self_.lock(), 0, InFlight(Slot(nullptr, nullptr))});
+    for (const auto& [index, device] : devices_) {
+      std::vector<Source> sources;
+      for (std::size_t i = 0; i < eager_extents_; ++i) {
+        if (extents_[i].device == index)
+          sources.push_back({extents_[i].address, extents_[i].length});
+      }
+      if (sources.empty()) continue;
+      landing.front().flight.enter(*device);
+      std::optional<std::uint64_t> at = device->clone(sources);
+      if (!at) others.insert({index, device});
+      for (std::size_t i = 0; at && i < eager_extents_; ++i) {
+        if (extents_[i].device != index) continue;
+        extents_[i].address = *at;
+        *at += extents_[i].length;
+      }
+    }
+  } catch (const std::exception& caught) {
+    failure = Error::from(caught);
+  }
+  if (!landing.empty()) landing.front().flight.mark();
+  std::lock_guard<std::mutex> lock(engine_.mutex_);
+  --copying_;
+  if (failure) fail(*failure);
+  hand_to_lander(landing);
+  engine_.progress_.notify_all();
   return others;
+}
+
+void Job::take_samples() {
+  try {
+    for (std::size_t chunk = eager_; chunk < spans_.size(); ++chunk)
+      samples_.push_back(sample(chunk, nullptr));
+  } catch (const std::exception& caught) {
+    std::lock_guard<std::mutex> lock(engine_.mutex_);
+    fail(Error::from(caught));
+  }
 }
 
 // A copy that is in no order may read what another step wrote: the job fails.
@@ -151,9 +168,9 @@ void Job::order(const Devices& devices, const Streams& streams,
                 void (Device::*order)(StreamHandle)) {
   try {
     order_streams(devices, streams, order);
-  } catch (const Error& error) {
+  } catch (const std::exception& caught) {
     std::lock_guard<std::mutex> lock(engine_.mutex_);
-    fail(error);
+    fail(Error::from(caught));
   }
 }
 
@@ -168,7 +185,7 @@ bool Job::copy_until_done(const Interrupted& interrupted) {
   // Not interruptible: the helpers are in the middle of a chunk at most, and the caller may free
   // its tensors after this.
   std::unique_lock<std::mutex> lock(engine_.mutex_);
-  engine_.progress_.wait(lock, [&] { return copying_ == 0 && !may_copy(); });
+  engine_.progress_.wait(lock, [&] { return copying_ == 0; });
   return true;
 }
 
@@ -183,7 +200,7 @@ void Job::copy(const Interrupted& interrupted, std::chrono::milliseconds patienc
       if (slot) copy_next(std::move(*slot));
     } catch (const std::exception& caught) {
       std::lock_guard<std::mutex> lock(engine_.mutex_);
-      fail(to_failure(caught));
+      fail(Error::from(caught));
     }
   }
 }
@@ -220,7 +237,7 @@ void Job::copy_next(Slot slot) {
   ++copying_;
   lock.unlock();
   // Made before the copies: where memory runs out later, they are waited for all the same.
-  std::list<Engine::Landing> landing;
+  std::list<Landing> landing;
   std::optional<Error> failure;
   try {
     const trace::Scope scope(trace::Phase::kCopy, spans_[chunk].raw);
@@ -231,22 +248,35 @@ void Job::copy_next(Slot slot) {
     if (chunk >= eager_ && !(sample(chunk, flight.slot.data()) == samples_[chunk - eager_]))
       failure = Error::torn(chunk);
   } catch (const std::exception& caught) {
-    failure = to_failure(caught);
+    failure = Error::from(caught);
   }
   lock.lock();
   --copying_;
   if (failure) fail(*failure);
-  if (!landing.empty() && !landing.front().flight.fences.empty()) {
-    // Of a failed job, too: its slot may be used again only when the devices are done with it.
-    ++landing_;
-    engine_.landing_.splice(engine_.landing_.end(), landing);
-    engine_.landed_.notify_one();
-  } else if (!failure_) {
-    staged_.push_back({chunk, std::move(landing.front().flight.slot)});
-  }
+  // Of a failed job, too: its slot may be used again only when the devices are done with it.
+  hand_to_lander(landing);
+  if (!landing.empty()) hand_to_workers(staged_, {chunk, std::move(landing.front().flight.slot)});
   lock.unlock();
   engine_.progress_.notify_all();
   engine_.work_.notify_one();
+}
+
+// Gives what devices copy to the lander; the list keeps what is there already.
+void Job::hand_to_lander(std::list<Landing>& landing) {
+  if (landing.empty() || landing.front().flight.fences.empty()) return;
+  ++landing_;
+  engine_.landing_.splice(engine_.landing_.end(), landing);
+  engine_.landed_.notify_one();
+}
+
+// Gives a chunk that is there to the workers; of a job that has failed, the slot goes back.
+void Job::hand_to_workers(std::deque<Staged>& queue, Staged staged) {
+  if (failure_) return;
+  try {
+    queue.push_back(std::move(staged));
+  } catch (const std::exception& caught) {
+    fail(Error::from(caught));
+  }
 }
 
 // Copies the chunk, or has devices copy it; a failure of a device is kept in the result, for others
@@ -278,7 +308,7 @@ void Job::stage(std::size_t chunk, InFlight& flight) const {
       device.read(start, sources);
     }
   } catch (const std::exception& caught) {
-    flight.failure = to_failure(caught);
+    flight.failure = Error::from(caught);
   }
   flight.mark();
 }
@@ -314,10 +344,11 @@ void Job::open_pack(const std::string& path) {
   std::shared_ptr<PackWriter> pack;
   try {
     pack = std::make_shared<PackWriter>(path, expected, engine_.options_.direct_io);
-  } catch (const Error& error) {
+  } catch (const std::exception& caught) {
+    const Error error = Error::from(caught);
     std::lock_guard<std::mutex> lock(engine_.mutex_);
     fail(error);
-    throw;
+    throw error;
   }
   {
     std::lock_guard<std::mutex> lock(engine_.mutex_);
@@ -364,11 +395,12 @@ WrittenPack Job::finish() {
     std::unique_lock<std::mutex> lock(engine_.mutex_);
     end(lock);
     return {std::move(chunks_), size};
-  } catch (const Error& error) {
+  } catch (const std::exception& caught) {
+    const Error error = Error::from(caught);
     std::unique_lock<std::mutex> lock(engine_.mutex_);
     fail(error);
     end(lock);
-    throw;
+    throw error;
   }
 }
 
@@ -378,7 +410,7 @@ void Job::abort() {
   // take long.
   std::shared_ptr<PackWriter> pack;
   std::unique_lock<std::mutex> lock(engine_.mutex_);
-  fail(Error(ErrorKind::kClosed, "the snapshot was aborted"));
+  fail(aborted_);
   pack = std::move(pack_);
   end(lock);
 }
@@ -447,12 +479,14 @@ void Engine::check_process() const {
 }
 
 void Engine::start() {
+  const unsigned helpers = std::max(1u, options_.copy_threads - 1);
+  threads_.reserve(options_.workers + helpers);
   for (unsigned i = 0; i < options_.workers; ++i) {
     threads_.push_back(start_thread("pysnap-write", [this] { work(); }, options_.nice));
   }
   lander_ = start_thread("pysnap-land", [this] { land(); });
   // One helper at least: without it, what is copied lazily would wait for the gate.
-  for (unsigned i = 0; i < std::max(1u, options_.copy_threads - 1); ++i) {
+  for (unsigned i = 0; i < helpers; ++i) {
     threads_.push_back(start_thread("pysnap-copy", [this] { help_copy(); }));
   }
 }
@@ -508,9 +542,7 @@ void Engine::close() {
     closing_ = true;
     job = std::move(active_);
     active_.reset();
-    if (job != nullptr) {
-      job->fail(Error(ErrorKind::kClosed, "the engine was closed before the snapshot was written"));
-    }
+    if (job != nullptr) job->fail(closed_);
   }
   work_.notify_all();
   copies_.notify_all();
@@ -554,7 +586,9 @@ void Engine::land() {
     Job& job = *landing.job;
     --job.landing_;
     if (failure) job.fail(*failure);
-    if (!job.failure_) job.staged_.push_back({landing.chunk, std::move(landing.flight.slot)});
+    // A clone has no slot.
+    if (over && landing.flight.slot.data() != nullptr)
+      job.hand_to_workers(job.staged_, {landing.chunk, std::move(landing.flight.slot)});
     lock.unlock();
     progress_.notify_all();
     work_.notify_one();
@@ -610,7 +644,7 @@ void Engine::work() {
         written = write(*pack, span, *staged, encoded ? &*encoder : nullptr, out.get());
       }
     } catch (const std::exception& caught) {
-      failure = to_failure(caught);
+      failure = Error::from(caught);
     }
     if (written || failure) staged.reset();
     pack.reset();
@@ -619,7 +653,7 @@ void Engine::work() {
     if (failure) {
       job->fail(*failure);
     } else if (!written) {
-      if (!job->failure_) job->written_ahead_.push_back(std::move(*staged));
+      job->hand_to_workers(job->written_ahead_, std::move(*staged));
     } else {
       if (!is_written)
         choice_.learn(span.element, encoded, span.raw, written->encoding, written->seconds);

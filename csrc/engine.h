@@ -76,6 +76,15 @@ using Interrupted = std::function<bool()>;
 constexpr std::chrono::milliseconds kPoll{100};
 
 class Engine;
+class Job;
+
+// A chunk that devices copy to its slot, or eager chunks that they clone, without one. It stays
+// where it is while the lander looks at its fences.
+struct Landing {
+  std::shared_ptr<Job> job;
+  std::size_t chunk;
+  InFlight flight;
+};
 
 // One capture on its way to disk. Made by Engine::begin; must not outlive its engine. Any method
 // may be called by any thread, unless it says otherwise. A failure (of a copy, a write, the disk)
@@ -142,6 +151,7 @@ class Job {
   void stage(std::size_t chunk, InFlight& flight) const;
   Digest sample(std::size_t chunk, const std::uint8_t* copy) const;
   Devices clone_eager();
+  void take_samples();
   void order(const Devices& devices, const Streams& streams, void (Device::*order)(StreamHandle));
   // With engine_.mutex_ held:
   bool may_copy() const { return !failure_ && next_copy_ < copy_limit_; }
@@ -149,6 +159,8 @@ class Job {
   bool is_written() const { return pack_ != nullptr && written_ == spans_.size(); }
   bool may_work() const;
   Staged take_staged();
+  void hand_to_lander(std::list<Landing>& landing);
+  void hand_to_workers(std::deque<Staged>& queue, Staged staged);
   void fail(const Error& error);
   void end(std::unique_lock<std::mutex>& lock);
 
@@ -160,6 +172,8 @@ class Job {
   std::vector<std::uint64_t> extent_starts_;  // offsets in the stream
   std::vector<std::uint64_t> chunk_starts_;
   Devices devices_;
+  // Made ahead: to give up needs no memory.
+  const Error aborted_{ErrorKind::kClosed, "the snapshot was aborted"};
   // Set by begin. Not std::enable_shared_from_this: the module would then use this owner and not
   // its own, which aborts a job that Python drops.
   std::weak_ptr<Job> self_;
@@ -239,18 +253,12 @@ class Engine {
   // Constant after construction.
   const EngineOptions options_;
   const pid_t owner_;
+  const Error closed_{ErrorKind::kClosed, "the engine was closed before the snapshot was written"};
   std::shared_ptr<SlotPool> pool_;
 
   // Guards devices_ alone; taken before mutex_, as opening a device takes long.
   std::mutex devices_mutex_;
   Devices devices_;
-
-  // A chunk that devices copy. It stays where it is while the lander looks at its fences.
-  struct Landing {
-    std::shared_ptr<Job> job;
-    std::size_t chunk;
-    InFlight flight;
-  };
 
   std::mutex mutex_;
   // Guarded by mutex_.

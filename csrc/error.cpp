@@ -1,8 +1,16 @@
 #include "error.h"
 
+#include <cerrno>
 #include <system_error>
 
 namespace pysnap {
+
+namespace {
+
+// Made at the start and never destroyed: to tell that there is no memory must need none.
+const Error& no_memory = *new Error(Error::io("allocating memory for", "a chunk", ENOMEM));
+
+}  // namespace
 
 Error Error::io(const std::string& doing, const std::string& path, int error_number) {
   // std::generic_category().message is thread safe, strerror is not.
@@ -25,6 +33,11 @@ Error Error::corrupt(const std::string& path, std::int64_t chunk, const std::str
   error.path_ = path;
   error.chunk_ = chunk;
   return error;
+}
+
+Error Error::from(const std::exception& caught) {
+  if (const Error* error = dynamic_cast<const Error*>(&caught)) return *error;
+  return no_memory;
 }
 
 }  // namespace pysnap

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <stdexcept>
 #include <string>
 
@@ -27,6 +28,9 @@ class Error : public std::runtime_error {
   static Error torn(std::size_t chunk);
   // "<path>, chunk <chunk>: <what>"; "<path>: <what>" where `chunk` is -1.
   static Error corrupt(const std::string& path, std::int64_t chunk, const std::string& what);
+  // What was caught where nothing may be thrown: an Error as it is, anything else as lack of
+  // memory.
+  static Error from(const std::exception& caught);
 
   ErrorKind kind() const { return kind_; }
   int error_number() const { return error_number_; }

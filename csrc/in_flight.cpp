@@ -33,8 +33,8 @@ bool InFlight::wait(std::chrono::milliseconds timeout) {
     bool over = true;
     try {
       over = fences.begin()->second->is_complete();
-    } catch (const Error& error) {
-      if (!failure) failure = error;
+    } catch (const std::exception& caught) {
+      if (!failure) failure = Error::from(caught);
     }
     if (over) {
       fences.erase(fences.begin());

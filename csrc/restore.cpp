@@ -313,14 +313,14 @@ bool for_each_chunk(
   std::exception_ptr failure;
   bool completed = true;
   auto run = [&](bool caller) {
-    const Interrupted stopped = [&, caller] {
-      if (caller && interrupted && !stop && interrupted()) {
-        completed = false;
-        stop = true;
-      }
-      return stop.load();
-    };
     try {
+      const Interrupted stopped = [&, caller] {
+        if (caller && interrupted && !stop && interrupted()) {
+          completed = false;
+          stop = true;
+        }
+        return stop.load();
+      };
       ChunkReader reader = make_reader();
       while (!stop) {
         const std::size_t i = next++;

@@ -44,6 +44,7 @@ bool touch_side_by_side(std::uint8_t* memory, std::size_t size, unsigned threads
   std::vector<std::thread> helpers;
   std::size_t start = part;
   try {
+    helpers.reserve(size / part);
     for (; start < size; start += part)
       helpers.push_back(start_thread("pysnap-touch", [&touch_part, start] { touch_part(start); }));
   } catch (const std::exception&) {
@@ -101,7 +102,7 @@ void SlotPool::ask(std::size_t slots) {
 void SlotPool::pin(std::shared_ptr<Device> device) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (pin_with_ != nullptr || !why_pageable_.empty()) return;
+    if (pin_with_ != nullptr || why_pageable_) return;
     pin_with_ = std::move(device);
   }
   changed_.notify_all();
@@ -109,7 +110,7 @@ void SlotPool::pin(std::shared_ptr<Device> device) {
 
 std::string SlotPool::why_pageable() {
   std::lock_guard<std::mutex> lock(mutex_);
-  return why_pageable_;
+  return why_pageable_ ? why_pageable_->what() : "";
 }
 
 void SlotPool::wait_reserved() {
@@ -146,23 +147,35 @@ void SlotPool::release(std::uint8_t* data) {
   changed_.notify_all();
 }
 
-// Registers the region; why that was refused, else empty.
-std::string SlotPool::pin_region(Region& region, const std::shared_ptr<Device>& device) const {
+// Registers the region; why that was refused, else nothing.
+std::optional<Error> SlotPool::pin_region(Region& region,
+                                          const std::shared_ptr<Device>& device) const {
   try {
     device->pin(region.get(), region.get_deleter().size);
     region.get_deleter().pinned_by = device;
-    return {};
-  } catch (const Error& error) {
-    return error.what();
+    return std::nullopt;
+  } catch (const std::exception& caught) {
+    return Error::from(caught);
   }
 }
 
-void SlotPool::end_pinning(std::string refusal) {
-  if (refusal.empty()) {
+void SlotPool::end_pinning(const std::optional<Error>& refusal) {
+  if (!refusal) {
     ++pinned_;
   } else {
-    why_pageable_ = std::move(refusal);
+    why_pageable_ = refusal;
     pin_with_.reset();
+  }
+}
+
+// Whether there is memory for the list of so many more slots in a region of their own.
+bool SlotPool::make_room(std::size_t slots) {
+  try {
+    regions_.reserve(regions_.size() + 1);
+    free_.reserve(ready_ + slots);
+    return true;
+  } catch (const std::bad_alloc&) {
+    return false;
   }
 }
 
@@ -190,9 +203,9 @@ void SlotPool::grow() {
       // Only this thread changes regions_.
       Region& region = regions_[pinned_];
       lock.unlock();
-      std::string refusal = pin_region(region, device);
+      const std::optional<Error> refusal = pin_region(region, device);
       lock.lock();
-      end_pinning(std::move(refusal));
+      end_pinning(refusal);
       changed_.notify_all();
       continue;
     }
@@ -202,17 +215,17 @@ void SlotPool::grow() {
     lock.unlock();
     const trace::Scope scope(trace::Phase::kMap, size);
     Region region = map_region(size, device.get());
-    std::string refusal;
+    std::optional<Error> refusal;
     if (region != nullptr && device != nullptr) refusal = pin_region(region, device);
     lock.lock();
-    if (region == nullptr) {
+    if (region == nullptr || !make_room(slots)) {
       exhausted_ = true;
     } else {
       for (std::size_t i = slots; i > 0; --i) free_.push_back(region.get() + (i - 1) * slot_size_);
       ready_ += slots;
       wanted_ = std::max(wanted_, ready_);
       regions_.push_back(std::move(region));
-      if (device != nullptr) end_pinning(std::move(refusal));
+      if (device != nullptr) end_pinning(refusal);
     }
     changed_.notify_all();
   }

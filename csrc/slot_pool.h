@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "device.h"
+#include "error.h"
 
 namespace pysnap {
 
@@ -86,10 +87,11 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   Region map_region(std::size_t size, const Device* device) const;
   void grow();
   void ask(std::size_t slots);
-  std::string pin_region(Region& region, const std::shared_ptr<Device>& device) const;
+  std::optional<Error> pin_region(Region& region, const std::shared_ptr<Device>& device) const;
   std::optional<Slot> pop();
   // With mutex_ held:
-  void end_pinning(std::string refusal);
+  void end_pinning(const std::optional<Error>& refusal);
+  bool make_room(std::size_t slots);
   bool must_grow() const { return ready_ < wanted_ && !exhausted_; }
   bool must_pin() const { return pin_with_ != nullptr && pinned_ < regions_.size(); }
   void release(std::uint8_t* data);
@@ -106,7 +108,7 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   std::vector<Region> regions_;
   std::size_t pinned_ = 0;            // of regions_, how many have been registered; the first ones
   std::shared_ptr<Device> pin_with_;  // null: not asked for, or refused
-  std::string why_pageable_;
+  std::optional<Error> why_pageable_;
   std::vector<std::uint8_t*> free_;
   std::size_t wanted_ = 0;  // slots asked for so far
   std::size_t ready_ = 0;   // slots mapped and touched, free or in use

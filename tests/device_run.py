@@ -32,15 +32,17 @@ _CONTROLS: dict[str, tuple[int, Any, tuple[Any, ...]]] = {
     "make_stream": (5, _POINTER, (_INT,)),
     "fill": (6, None, (_INT, _POINTER, _U64, ctypes.c_uint8, _SIZE)),
     "set_late": (7, None, (_INT,)),
-    "finish": (10, None, ()),
-    "pageable_copies": (16, ctypes.c_uint, ()),
-    "violation": (18, ctypes.c_char_p, ()),
+    "finish": (11, None, ()),
+    "fail_call": (12, None, (ctypes.c_char_p, ctypes.c_uint, _INT)),
+    "pageable_copies": (18, ctypes.c_uint, ()),
+    "registered": (19, _SIZE, ()),
+    "violation": (20, ctypes.c_char_p, ()),
 }
 
 
 def controls() -> dict[str, Any]:
     library = ctypes.CDLL("libcuda.so.1")
-    library.fake_cuda.restype = ctypes.POINTER(_POINTER * 20)
+    library.fake_cuda.restype = ctypes.POINTER(_POINTER * 22)
     table = library.fake_cuda().contents
     return {
         name: ctypes.CFUNCTYPE(result, *arguments)(table[index])

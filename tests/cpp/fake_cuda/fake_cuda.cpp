@@ -107,6 +107,7 @@ struct State {
   bool held[kDevices] = {false, false};
   std::chrono::steady_clock::time_point last_queued;
   std::map<std::string, unsigned> calls;
+  std::set<std::string> held_calls;
   std::map<std::string, std::pair<unsigned, CudaResult>> failures;
   unsigned failing_copy = 0;
   unsigned pageable_copies = 0;
@@ -140,6 +141,7 @@ State& state() {
 struct Stack {
   std::vector<CUctx_st*> contexts;
   int capture_mode = 0;
+  int inside = 0;  // calls of this library
   ~Stack() {
     if (contexts.empty() && capture_mode == 0) return;
     std::lock_guard<std::mutex> lock(state().mutex);
@@ -148,6 +150,13 @@ struct Stack {
 };
 // The library comes and goes: with the usual model, LeakSanitizer looks for what has gone with it.
 __attribute__((tls_model("initial-exec"))) thread_local Stack stack;
+
+struct Inside {
+  Inside() { ++stack.inside; }
+  Inside(const Inside&) = delete;
+  Inside& operator=(const Inside&) = delete;
+  ~Inside() { --stack.inside; }
+};
 
 // The bytes at a device's address; null, and a violation, where they are not in one allocation.
 std::uint8_t* find(std::uint64_t address, std::size_t size, int device) {
@@ -207,6 +216,7 @@ void lose_device(int device) {
 
 void run_devices() {
   State& s = state();
+  const Inside inside;
   std::unique_lock<std::mutex> lock(s.mutex);
   for (;;) {
     CUstream_st* stream = choose(false);
@@ -237,6 +247,7 @@ class Call {
   explicit Call(const char* name, Needs needs = kContext) : lock(state().mutex) {
     State& s = state();
     ++s.calls[name];
+    s.changed.wait(lock, [&] { return s.held_calls.count(name) == 0; });
     if (auto failure = s.failures.find(name);
         failure != s.failures.end() && --failure->second.first == 0) {
       result = failure->second.second;
@@ -285,6 +296,7 @@ class Call {
     }
   }
 
+  const Inside inside;
   std::unique_lock<std::mutex> lock;
   CudaResult result = 0;
 };
@@ -639,9 +651,17 @@ SAME_TYPE(cuLaunchKernel);
 
 namespace {
 
-using Lock = std::lock_guard<std::mutex>;
+class Lock {
+ public:
+  explicit Lock(std::mutex& mutex) : lock_(mutex) {}
+
+ private:
+  const Inside inside_;
+  const std::lock_guard<std::mutex> lock_;
+};
 
 void finish() {
+  const Inside inside;
   State& s = state();
   std::unique_lock<std::mutex> lock(s.mutex);
   s.changed.wait(lock, [&] {
@@ -656,6 +676,7 @@ void reset() {
     const Lock lock(s.mutex);
     s.late = FakeCuda::kNothing;
     std::fill_n(s.held, kDevices, false);
+    s.held_calls.clear();
   }
   finish();
   const Lock lock(s.mutex);
@@ -725,9 +746,15 @@ void hold(int device) {
   for (int i = 0; i < kDevices; ++i) state().held[i] = state().held[i] || device < 0 || device == i;
 }
 
+void hold_calls(const char* function) {
+  const Lock lock(state().mutex);
+  state().held_calls.insert(function);
+}
+
 void release() {
   const Lock lock(state().mutex);
   std::fill_n(state().held, kDevices, false);
+  state().held_calls.clear();
   state().changed.notify_all();
 }
 
@@ -755,6 +782,8 @@ unsigned calls(const char* function) {
   const Lock lock(state().mutex);
   return state().calls[function];
 }
+
+bool is_inside() { return stack.inside > 0; }
 
 unsigned pageable_copies() {
   const Lock lock(state().mutex);
@@ -805,6 +834,7 @@ EXPORTED const FakeCuda* fake_cuda() {
                                  fill,
                                  set_late,
                                  hold,
+                                 hold_calls,
                                  release,
                                  finish,
                                  fail_call,
@@ -812,6 +842,7 @@ EXPORTED const FakeCuda* fake_cuda() {
                                  set_capturing,
                                  set_device_count,
                                  calls,
+                                 is_inside,
                                  pageable_copies,
                                  registered,
                                  violation,

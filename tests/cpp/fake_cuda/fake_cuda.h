@@ -36,6 +36,8 @@ struct FakeCuda {
   void (*set_late)(Late late);
   // What is late does not run at all before release(), on this device, or on all (-1): it hangs.
   void (*hold)(int device);
+  // A call of this function does nothing before release(), but counts.
+  void (*hold_calls)(const char* function);
   void (*release)();
   // Waits until nothing more is queued.
   void (*finish)();
@@ -49,6 +51,7 @@ struct FakeCuda {
   void (*set_device_count)(int count);
 
   unsigned (*calls)(const char* function);  // so far
+  bool (*is_inside)();                      // whether the calling thread is in this library
   unsigned (*pageable_copies)();            // to and from host memory that is not registered
   std::size_t (*registered)();              // bytes of host memory
   // What the calling code did that a real driver would punish; empty if nothing.
