@@ -29,7 +29,7 @@ from pysnap.estimating import Growth
 from pysnap.gate import Gate
 from pysnap.layout import HOST, Leaf, Places, Plan, current_streams, make_plan
 from pysnap.manifest import ELEMENTS, Manifest
-from pysnap.memory import available_memory
+from pysnap.memory import advice_to_lock, available_memory
 from pysnap.skeleton import Skeleton
 from pysnap.zstd import zstd_libraries
 
@@ -135,7 +135,11 @@ class Stager:
         why = self._engine.why_pageable()
         if why is not None and why != self._told:
             self._told = why
-            _log.warning("copies from CUDA devices are slow, and the step waits for them: %s", why)
+            _log.warning(
+                "copies from CUDA devices are slow, and the step waits for them: %s; %s",
+                why,
+                advice_to_lock(),
+            )
 
     def close(self) -> None:
         """Abort what is in flight and join the threads; safe to repeat."""

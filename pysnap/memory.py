@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,16 @@ def check_spare_memory() -> None:
         mmap.mmap(-1, _SPARE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
     except OSError:
         raise MemoryError(f"less than {_SPARE >> 20} MiB of memory can be had") from None
+
+
+def advice_to_lock() -> str:
+    """What to do where the system refuses to lock memory for the copies of devices."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    shown = "no limit" if limit == resource.RLIM_INFINITY else f"a limit of {limit >> 10} KiB"
+    return (
+        f"let the process lock more memory (it has {shown}; `ulimit -l unlimited`, or for a "
+        "container `--ulimit memlock=-1`), or set a smaller host_memory"
+    )
 
 
 def _machine() -> int:

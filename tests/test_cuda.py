@@ -50,6 +50,51 @@ def test_devices_are_captured_and_put_back(tmp_path: Path, driver: Path, eager: 
     )
 
 
+def run_on(driver: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | {"LD_LIBRARY_PATH": str(driver)},
+        cwd=ROOT / "tests",
+        check=False,
+        timeout=120,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_memory_that_cannot_be_locked_is_told_once_and_the_snapshot_is_exact(
+    tmp_path: Path, driver: Path
+) -> None:
+    done = run_on(driver, "device_training.py", str(tmp_path))
+    assert done.returncode == 0, done.stdout
+
+
+REFUSED = """
+import sys
+from device_run import controls
+from pysnap.cli import main
+if sys.argv[2] == "refused":
+    controls()["fail_call"](b"cuMemHostRegister_v2", 1, 2)
+sys.exit(main(["doctor", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("answer", ["refused", "granted"])
+def test_the_doctor_says_whether_memory_can_be_locked(
+    tmp_path: Path, driver: Path, answer: str
+) -> None:
+    done = run_on(driver, "-c", REFUSED, str(tmp_path), answer)
+    text = " ".join(done.stdout.split())
+    if answer == "refused":
+        assert done.returncode == 1, done.stdout
+        assert "pinned memory cannot be had: registering staging memory failed" in text
+        assert "ulimit -l" in text
+    else:
+        assert done.returncode == 0, done.stdout
+        assert "pinned memory can be had" in text
+
+
 def test_why_cuda_cannot_be_used_is_a_sentence(driver: Path) -> None:
     code = "from pysnap import _engine; print(_engine.cuda_unavailable())"
     broken = subprocess.run(
@@ -302,6 +347,17 @@ def test_the_demo_is_exact_on_a_gpu(tmp_path: Path) -> None:
     subprocess.run(
         [*command, "--device=cuda", f"--out={tmp_path / 'out'}"], check=True, timeout=120
     )
+
+
+def test_the_engine_gets_the_current_stream_of_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pysnap.layout import HOST, current_streams
+
+    class Stream:
+        def __init__(self, device: int) -> None:
+            self.cuda_stream = 1000 + device
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    assert current_streams([1, HOST, 0, 1]) == [(0, 1000), (1, 1001)]
 
 
 def test_the_engine_knows_the_places_of_tensors() -> None:

@@ -21,7 +21,7 @@ from pysnap.cli import exits
 from pysnap.cli.output import Output, size
 from pysnap.config import SETTINGS, Config
 from pysnap.errors import ConfigError, NotFoundError, StorageError
-from pysnap.memory import available_memory
+from pysnap.memory import advice_to_lock, available_memory
 from pysnap.zstd import zstd_libraries
 
 _MEASURED = 64 * 2**20
@@ -99,14 +99,19 @@ def _device() -> Iterator[Finding]:
     driver = Path("/proc/driver/nvidia/version")
     if driver.exists():
         yield Finding("driver", driver.read_text().splitlines()[0])
+    yield from _torch_devices()
+    yield _pinned()
+
+
+def _torch_devices() -> Iterator[Finding]:
+    if not _torch():
+        return
     import torch
 
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
         yield Finding(f"device {index}", f"{name}, {size(free)} of {size(total)} free")
-    if torch.cuda.device_count():
-        yield _pinned()
 
 
 def _pinned() -> Finding:
@@ -117,7 +122,8 @@ def _pinned() -> Finding:
         why = engine.why_pageable()
     finally:
         engine.close()
-    return Finding("pinned memory", "can be had" if why is None else why, why is None)
+    found = "can be had" if why is None else f"cannot be had: {why}; {advice_to_lock()}"
+    return Finding("pinned memory", found, why is None)
 
 
 def _place(path: Path) -> Iterator[Finding]:
