@@ -178,12 +178,21 @@ def in_backward(program: Program) -> None:
     hook.remove()
 
 
+def compiled(program: Program) -> None:
+    """The forward and backward pass; the optimizer's step is torch's own."""
+    program.optimizer.zero_grad(set_to_none=True)
+    loss = torch.compile(program.loss, backend="eager")
+    loss().backward()
+    program.optimizer.step()
+
+
 STEPS: dict[str, Callable[[Program], None]] = {
     "plain": Program.train,
     "accumulated gradients": accumulated,
     "gradient scaler": scaled,
     "closure": with_closure,
     "optimizer in backward": in_backward,
+    "compiled": compiled,
 }
 
 
@@ -208,6 +217,21 @@ def test_what_forward_changes_is_copied_at_once(tmp_path: Path, disk: Disk) -> N
     assert not torch.equal(program.net.norm.running_mean, expected["model"]["norm.running_mean"])
     disk.release()
     program.snapshotter.close()
+    assert_same(stored(tmp_path), expected)
+
+
+def test_the_state_that_an_optimizer_had_before_it_loaded_another_is_in_the_snapshot(
+    tmp_path: Path, disk: Disk
+) -> None:
+    """It loads into new tensors, and the snapshot keeps the old ones until they are copied."""
+    program = Program(tmp_path, every=1)
+    other = Program(tmp_path / "other")
+    other.train()
+    expected = take(program, disk)
+    program.optimizer.load_state_dict(other.optimizer.state_dict())
+    disk.release()
+    program.snapshotter.close()
+    other.snapshotter.close()
     assert_same(stored(tmp_path), expected)
 
 
@@ -262,11 +286,17 @@ def load(program: Program) -> None:
     program.net.load_state_dict(Net().state_dict())
 
 
+def element(program: Program) -> None:
+    """Not one of the bytes that the engine notes: only the count of changes tells."""
+    with torch.no_grad():
+        program.net.linear.weight[5, 7] += 1
+
+
 def unhooked(program: Program) -> None:
     torch.optim.SGD(program.net.parameters(), lr=0.1).step()
 
 
-@pytest.mark.parametrize("change", [clamp, load, unhooked])
+@pytest.mark.parametrize("change", [clamp, element, load, unhooked])
 def test_a_tensor_that_changes_too_early_fails_the_snapshot(
     tmp_path: Path,
     disk: Disk,
@@ -309,6 +339,18 @@ def test_save_copies_at_once(tmp_path: Path) -> None:
     program = Program(tmp_path)
     expected = program.state()
     program.snapshotter.save()
+    clamp(program)
+    program.snapshotter.close()
+    assert_same(stored(tmp_path), expected)
+
+
+def test_the_end_of_an_epoch_is_copied_at_once(tmp_path: Path) -> None:
+    """What follows it may be anything, such as averages of weights that are put in place."""
+    program = Program(tmp_path, every="1 epoch")
+    for _ in program.snapshotter.epochs(1):
+        with program.snapshotter.step():
+            program.train()
+        expected = program.state()
     clamp(program)
     program.snapshotter.close()
     assert_same(stored(tmp_path), expected)
@@ -379,6 +421,37 @@ def test_changes_are_looked_for_as_soon_as_everything_is_copied(
     assert_same(stored(tmp_path), expected)
 
 
+def test_changes_are_looked_for_only_when_everything_is_copied(tmp_path: Path, disk: Disk) -> None:
+    """A look that comes sooner would miss what changes between it and the copy."""
+    program = Program(tmp_path, every=1)
+    take(program, disk)
+    newest = program.snapshotter._committer.newest
+    assert newest is not None and newest._capture is not None
+    guard, job, copied = newest._capture._guard, newest._capture._job, threading.Event()
+
+    class Late:
+        """A job that says later that everything is copied."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(job, name)
+
+        def wait_staged(self, timeout: float | None = None) -> bool:
+            assert copied.wait(60)
+            return job.wait_staged(timeout)
+
+    newest._capture._job = Late()  # type: ignore[assignment]  # the same job
+    disk.release()
+    deadline = time.monotonic() + 0.3
+    while not guard.settled() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    element(program)
+    copied.set()
+    with pytest.raises(pysnap.TornError):
+        newest.wait(60)
+    with contextlib.suppress(pysnap.TornError):
+        program.snapshotter.close()
+
+
 def test_what_changes_behind_the_copy_does_not_matter(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,6 +469,23 @@ def test_what_changes_behind_the_copy_does_not_matter(
     assert_same(stored(tmp_path), expected)
 
 
+def test_what_the_optimizer_changes_behind_the_gate_does_not_matter(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has asked by then whether a tensor changed."""
+    monkeypatch.setenv("PYSNAP_HOST_MEMORY", "8MiB")
+    program = Program(tmp_path, every=1)
+    disk.hold()
+    with program.snapshotter.step():
+        program.train()
+    expected = program.state()
+    program.train()
+    disk.release()
+    program.snapshotter.close()
+    assert_same(stored(tmp_path), expected)
+    assert program.snapshotter.stats().failed == 0
+
+
 # Memory that goes away, optimizers of other kinds
 
 
@@ -411,6 +501,32 @@ def test_tensors_that_are_given_other_memory_are_read_where_they_were(
     disk.release()
     program.snapshotter.close()
     assert_same(stored(tmp_path), expected)
+
+
+def test_tensors_are_let_go_when_an_aborted_copy_has_ended(tmp_path: Path, disk: Disk) -> None:
+    program = Program(tmp_path, every=1)
+    take(program, disk)
+    newest = program.snapshotter._committer.newest
+    assert newest is not None and newest._capture is not None
+    capture, job = newest._capture, newest._capture._job
+    kept: list[bool] = []
+
+    class Watched:
+        """A job that notes whether tensors are kept until it has ended."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(job, name)
+
+        def abort(self) -> None:
+            job.abort()
+            kept.append(bool(capture._keep))
+
+    capture._job = Watched()  # type: ignore[assignment]  # the same job
+    capture.abort()
+    assert kept == [True] and not capture._keep
+    disk.release()
+    with pytest.raises(pysnap.Error, match="aborted"):
+        program.snapshotter.close()
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -465,12 +581,27 @@ def test_a_step_that_is_captured_in_a_graph_is_waited_for_and_copied_at_once_fro
     program = Program(tmp_path, every=1, keep=pysnap.Keep(last=None))
     expected = [take(program, disk)]
     newest = program.snapshotter._committer.newest
-    assert newest is not None
+    assert newest is not None and newest._capture is not None
     releases_at_the_gate(program, disk)
+    job = newest._capture._job
+    waits: list[threading.Thread] = []
+
+    class Watched:
+        """A job that notes who waits until it is staged: on a device the gate alone does not."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(job, name)
+
+        def wait_staged(self, timeout: float | None = None) -> bool:
+            if timeout is None:
+                waits.append(threading.current_thread())
+            return job.wait_staged(timeout)
+
+    newest._capture._job = Watched()  # type: ignore[assignment]  # the same job
     monkeypatch.setattr("pysnap.gate.is_capturing", lambda: True)
     monkeypatch.setattr("pysnap.capture.is_capturing", lambda: True)
     program.train()
-    assert newest.wait_staged(0)
+    assert threading.main_thread() in waits and newest.wait_staged(0)
     monkeypatch.undo()
     newest.wait()
     with program.snapshotter.step():
@@ -501,16 +632,23 @@ def test_any_state_of_an_optimizer_is_looked_through(tmp_path: Path) -> None:
     assert pysnap.load(tmp_path)["optimizer"]["state"]["own"] == 1
 
 
-def test_an_array_that_shares_memory_with_a_weight_is_copied_at_once(tmp_path: Path) -> None:
-    weight = nn.Parameter(torch.ones(WIDTH, WIDTH))
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    with pysnap.Snapshotter(
-        tmp_path, weights={"w": weight.detach().numpy()}, optimizer=optimizer, every=1
-    ) as snapshotter:
+def test_an_array_that_shares_memory_with_a_weight_is_copied_at_once(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYSNAP_HOST_MEMORY", "8MiB")
+    disk.hold()
+    net = nn.Linear(WIDTH, WIDTH, bias=False)
+    nn.init.ones_(net.weight)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    parts = {"net": net, "weights": {"w": net.weight.detach().numpy()}, "optimizer": optimizer}
+    with pysnap.Snapshotter(tmp_path, every=1, **parts) as snapshotter:
         with snapshotter.step():
             pass
         newest = snapshotter._committer.newest
-        assert newest is not None and newest.wait_staged(0)
+        assert newest is not None and newest._capture is not None
+        # Nothing is copied later, whose changes would have to be looked for.
+        assert newest._capture._guard.settled() and newest.wait_staged(0)
+        disk.release()
     assert (pysnap.load(tmp_path)["weights"]["w"] == 1).all()
 
 
