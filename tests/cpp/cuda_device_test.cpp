@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <future>
 #include <memory>
 #include <optional>
 #include <string>
@@ -31,6 +32,7 @@ using pysnap::SlotPool;
 using pysnap::Source;
 
 constexpr std::chrono::hours kForever{24};
+constexpr std::chrono::milliseconds kSoon{20};
 constexpr std::size_t kMiB = std::size_t{1} << 20;
 
 // Pinned slots of a device.
@@ -197,6 +199,7 @@ TEST(a_clone_stays_as_it_is) {
     device->reserve_clone(1);
     device->reserve_clone(64 * kMiB);  // the first size counts
     const std::vector<Source> sources = sources_of(state);
+    fake().set_late(FakeCuda::kCopies);
     const std::optional<std::uint64_t> at = device->clone(sources);
     CHECK(at.has_value());
     device->gate(state.streams().front().second);
@@ -240,6 +243,23 @@ TEST(a_context_that_cannot_be_entered_says_nothing_of_its_copies) {
   CHECK(flight.wait(kForever));
 }
 
+TEST(an_event_that_cannot_be_asked_says_nothing_of_its_copies) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+  Slots slots(device, 64 * 1024, 1);
+  const DeviceState state({1000}, {0});
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold(-1);
+  InFlight flight(slots.take());
+  flight.enter(*device);
+  device->read(flight.slot.data(), sources_of(state));
+  flight.mark();
+  fake().fail_call("cuEventQuery", 1, 999);
+  CHECK(!flight.wait(std::chrono::milliseconds(0)));
+  fake().release();
+  CHECK(flight.wait(kForever));
+}
+
 TEST(a_context_that_is_gone_copies_nothing_more) {
   const HealthyDriver driver;
   const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
@@ -273,6 +293,81 @@ TEST(threads_may_gather_side_by_side) {
   for (std::thread& thread : threads) thread.join();
 }
 
+// Another thread's pieces would overwrite those that have not crossed yet.
+TEST(the_scratch_memory_belongs_to_one_thread_until_its_copies_are_queued) {
+  for (const bool writes : {false, true}) {
+    const HealthyDriver driver;
+    const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+    Slots slots(device, 64 * 1024, 2);
+    slots.pool().reserve(2);
+    slots.pool().wait_reserved();
+    fake().set_late(FakeCuda::kCopies);
+    // Of the two calls that a thread makes, the first fills the memory, the second empties it.
+    const char* const first = writes ? "cuMemcpyHtoDAsync_v2" : "cuLaunchKernel";
+    const char* const second = writes ? "cuLaunchKernel" : "cuMemcpyDtoHAsync_v2";
+    const unsigned filled = fake().calls(first);
+    fake().hold_calls(second);
+    std::vector<std::thread> threads;
+    for (std::size_t i = 0; i < 2; ++i) {
+      threads.emplace_back([&, i] {
+        const DeviceState state(std::vector<std::size_t>(100 + i, 8 + i), {0});
+        const Bytes found = writes ? write_all(*device, state, slots.take())
+                                   : read_all(*device, state, slots.take());
+        CHECK(found == state.stream());
+      });
+    }
+    while (fake().calls(first) == filled) std::this_thread::yield();
+    std::this_thread::sleep_for(10 * kSoon);
+    CHECK_EQ(fake().calls(first), filled + 1);
+    fake().release();
+    for (std::thread& thread : threads) thread.join();
+  }
+}
+
+TEST(a_fence_waits_for_its_own_copies_alone) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+  Slots slots(device, 64 * 1024, 2);
+  const DeviceState state({1000}, {0});
+  InFlight first(slots.take());
+  first.enter(*device);
+  device->read(first.slot.data(), sources_of(state));
+  first.mark();
+  fake().finish();
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold(-1);
+  InFlight second(slots.take());
+  second.enter(*device);
+  device->read(second.slot.data(), sources_of(state));
+  second.mark();
+  CHECK(first.wait(kSoon));
+  CHECK(!second.wait(kSoon));
+  fake().release();
+  CHECK(second.wait(kForever));
+}
+
+TEST(what_fails_on_one_device_is_told_when_the_others_have_copied) {
+  for (const int lost : {0, 1}) {
+    const HealthyDriver driver;
+    const std::vector<std::shared_ptr<Device>> devices{pysnap::open_cuda_device(0),
+                                                       pysnap::open_cuda_device(1)};
+    Slots slots(devices[0], 64 * 1024, 1);
+    const DeviceState state({1000, 1000}, {0, 1});
+    fake().set_late(FakeCuda::kCopies);
+    fake().hold(1 - lost);
+    fake().fail_copy(1);
+    InFlight flight(slots.take());
+    for (std::size_t i = 0; i < 2; ++i) {
+      flight.enter(*devices[i]);
+      devices[i]->read(flight.slot.data() + 1000 * i, {{state.extents()[i].address, 1000}});
+    }
+    flight.mark();
+    CHECK_EQ(fixture::thrown_by([&] { CHECK(!flight.wait(kSoon)); }), "nothing");
+    fake().release();
+    CHECK_EQ(fixture::thrown_by([&] { flight.wait(kForever); }), "device");
+  }
+}
+
 TEST(a_fence_without_an_event_waits_for_the_stream) {
   const HealthyDriver driver;
   const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
@@ -300,14 +395,44 @@ TEST(memory_is_pinned_before_it_is_used_and_unpinned_before_it_goes) {
   CHECK_EQ(fake().registered(), 0);
 }
 
+TEST(no_slot_is_had_before_its_memory_is_pinned) {
+  const HealthyDriver driver;
+  Slots slots(pysnap::open_cuda_device(0), 4 * kMiB, 1);
+  fake().hold_calls("cuMemHostRegister_v2");
+  slots.pool().reserve(1);
+  while (fake().calls("cuMemHostRegister_v2") == 0) std::this_thread::yield();
+  std::optional<Slot> slot = slots.pool().acquire(kSoon);
+  CHECK(!slot);
+  fake().release();
+  if (!slot) slot = slots.take();
+  CHECK_EQ(fake().registered(), 4 * kMiB);
+}
+
+TEST(stop_waits_for_memory_that_is_just_being_pinned) {
+  const HealthyDriver driver;
+  const std::shared_ptr<SlotPool> pool = SlotPool::create(4 * kMiB, 1);
+  pool->pin(pysnap::open_cuda_device(0));
+  fake().hold_calls("cuMemHostRegister_v2");
+  pool->reserve(1);
+  while (fake().calls("cuMemHostRegister_v2") == 0) std::this_thread::yield();
+  std::future<void> stopped = std::async(std::launch::async, [&] { pool->stop(); });
+  CHECK(stopped.wait_for(kSoon) == std::future_status::timeout);
+  fake().release();
+  stopped.get();
+}
+
 TEST(memory_that_exists_is_pinned_later) {
   const HealthyDriver driver;
   const std::shared_ptr<SlotPool> pool = SlotPool::create(4 * kMiB, 20);
   pool->reserve(12);
   pool->wait_reserved();
   CHECK_EQ(fake().registered(), 0);
+  fake().hold_calls("cuMemHostRegister_v2");
   pool->pin(pysnap::open_cuda_device(0));
-  pool->wait_reserved();
+  std::future<void> reserved = std::async(std::launch::async, [&] { pool->wait_reserved(); });
+  CHECK(reserved.wait_for(kSoon) == std::future_status::timeout);
+  fake().release();
+  reserved.get();
   CHECK_EQ(fake().registered(), 48 * kMiB);
   pool->pin(pysnap::open_cuda_device(1));
   pool->reserve(20);

@@ -150,6 +150,8 @@ TEST(reserve_opens_the_devices_and_pins_the_memory) {
     CHECK(read_back(path, written.get()) == state.stream());
   }
   CHECK_EQ(fake().calls("cuDevicePrimaryCtxRetain"), retained);
+  // Each chunk has an event of its own.
+  CHECK_EQ(fake().calls("cuStreamQuery"), 0);
   CHECK_EQ(fake().pageable_copies(), 0);
   CHECK_EQ(engine->why_pageable(), "");
   CHECK_EQ(thrown_by([&] { engine->reserve(1, {2}); }), "invalid");
@@ -274,6 +276,8 @@ TEST(a_clone_is_made_anew_for_every_snapshot) {
     CHECK(read_back(path, written.get()) == Bytes(state.stream().size(), byte));
   }
   CHECK_EQ(fake().calls("cuMemAlloc_v2"), allocations);
+  // Clones have events, too.
+  CHECK_EQ(fake().calls("cuStreamQuery"), 0);
 }
 
 TEST(devices_keep_no_large_clones) {
@@ -416,6 +420,96 @@ TEST(slots_of_a_job_that_failed_are_not_reused_during_its_copies) {
   CHECK_EQ(thrown_by([&] { failed->wait_written(kForever); }), "device");
   failed->abort();
   check_that_slots_are_not_reused(*engine, 2, directory / "0.pack");
+}
+
+// A helper is in the middle of the chunk, and has queued nothing yet.
+TEST(the_chunk_that_a_helper_copies_is_waited_for) {
+  for (const char* const way : {"gate", "abort", "close"}) {
+    const HealthyDriver driver;
+    const TemporaryDirectory directory;
+    const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+    engine->reserve(kChunk, {0});
+    engine->wait_reserved();
+    DeviceState state({kChunk}, {0});
+    const std::shared_ptr<Job> job = begin(*engine, state, 0);
+    job->open_pack(directory / "0.pack");
+    fake().hold_calls("cuMemcpyDtoHAsync_v2");
+    CHECK(job->capture(state.streams(), nullptr));
+    while (fake().calls("cuMemcpyDtoHAsync_v2") == 0) std::this_thread::yield();
+    CHECK(!job->wait_staged(kAtOnce));
+    fake().set_late(FakeCuda::kCopies);
+    std::future<void> waited = std::async(std::launch::async, [&] {
+      if (way == std::string("gate")) CHECK(job->gate(state.streams(), nullptr));
+      if (way == std::string("abort")) job->abort();
+      if (way == std::string("close")) engine->close();
+    });
+    CHECK(waited.wait_for(kSoon) == std::future_status::timeout);
+    fake().release();
+    waited.get();
+    if (way == std::string("gate")) {
+      state.fill(0xDD);
+      job->wait_written(kForever);
+      CHECK(read_back(directory / "0.pack", job->finish()) == state.stream());
+    } else {
+      state.free();
+    }
+  }
+}
+
+TEST(capture_returns_when_the_eager_chunks_are_queued) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  engine->reserve(kChunk, {0});
+  engine->wait_reserved();
+  const DeviceState state({kChunk}, {0});
+  const std::shared_ptr<Job> job = begin(*engine, state);
+  fake().hold_calls("cuMemcpyDtoHAsync_v2");
+  std::future<bool> captured =
+      std::async(std::launch::async, [&] { return job->capture(state.streams(), nullptr); });
+  CHECK(captured.wait_for(5 * kSoon) == std::future_status::timeout);
+  fake().release();
+  CHECK(captured.get());
+}
+
+// However long that takes: no timeout of devices ends it.
+TEST(abort_waits_for_the_chunk_that_a_helper_copies) {
+  const HealthyDriver driver;
+  EngineOptions options = small_engine();
+  options.device_timeout = kAtOnce;
+  const std::shared_ptr<Engine> engine = Engine::create(options);
+  engine->reserve(kChunk, {0});
+  engine->wait_reserved();
+  const DeviceState state({kChunk}, {0});
+  const std::shared_ptr<Job> job = begin(*engine, state, 0);
+  fake().hold_calls("cuMemcpyDtoHAsync_v2");
+  CHECK(job->capture(state.streams(), nullptr));
+  while (fake().calls("cuMemcpyDtoHAsync_v2") == 0) std::this_thread::yield();
+  std::future<void> aborted = std::async(std::launch::async, [&] { job->abort(); });
+  CHECK(aborted.wait_for(5 * kSoon) == std::future_status::timeout);
+  fake().release();
+  aborted.get();
+  fake().finish();
+  CHECK(job->wait_staged(kForever));
+}
+
+// It reads the tensors, too.
+TEST(the_clone_of_a_job_that_failed_is_waited_for) {
+  const HealthyDriver driver;
+  const std::shared_ptr<Engine> engine = Engine::create(small_engine());
+  DeviceState state(mixed_sizes(), {0, 1});
+  engine->reserve(1, {0, 1}, state.stream().size());
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold(-1);
+  const std::shared_ptr<Job> job = begin(*engine, state, 5);
+  // Each device is ordered after the caller's stream, and the first one's stream after the clone.
+  fake().fail_call("cuStreamWaitEvent", 3, 2);
+  CHECK(job->capture(state.streams(), nullptr));
+  CHECK_EQ(thrown_by([&] { job->wait_written(kForever); }), "device");
+  CHECK(!job->wait_staged(kSoon));
+  fake().release();
+  job->abort();
+  CHECK(job->wait_staged(kAtOnce));
+  state.free();
 }
 
 TEST(a_chunk_is_staged_when_all_its_devices_have_copied) {

@@ -84,14 +84,20 @@ TEST(devices_are_whole_when_restore_returns) {
     }
   }
   CHECK_EQ(fake().pageable_copies(), 0);
+  // Each chunk has an event of its own.
+  CHECK_EQ(fake().calls("cuStreamQuery"), 0);
 }
 
 TEST(what_was_queued_before_restore_comes_before_it) {
   const HealthyDriver driver;
   Snapshot snapshot({0, 1});
   fake().set_late(FakeCuda::kKernels);
+  fake().hold(-1);
   snapshot.state.fill(0xDD);
-  CHECK(snapshot.restore());
+  std::future<bool> restored = std::async(std::launch::async, [&] { return snapshot.restore(); });
+  CHECK(restored.wait_for(std::chrono::milliseconds(300)) == std::future_status::timeout);
+  fake().release();
+  CHECK(restored.get());
   fake().finish();
   CHECK(snapshot.state.now() == snapshot.state.stream());
 }
