@@ -19,7 +19,7 @@ constexpr std::uint64_t kSample = 64;
 constexpr std::chrono::hours kForever{24 * 365 * 100};
 // A device keeps no more than this for clones.
 constexpr std::uint64_t kMostCloned = std::uint64_t{64} << 20;
-// Workers that keep a disk busy: with one, it is idle between two writes.
+// Writes in flight that keep a disk busy: with one, it is idle between two.
 constexpr unsigned kWriters = 2;
 
 // Objects of a forked child are never destroyed: their mutexes may be locked by threads that do not
@@ -418,8 +418,7 @@ void Job::abort() {
 bool Job::may_work() const {
   if (pack_ == nullptr) return false;
   if (!holding_) return !staged_.empty() || !written_ahead_.empty();
-  return !staged_.empty() && writing_ < kWriters &&
-         engine_.writes_raw(spans_[staged_.front().chunk].element);
+  return !staged_.empty() && engine_.writes_raw(spans_[staged_.front().chunk].element);
 }
 
 // A chunk to be written, as long as that keeps the disk busy, else one of which the digest is
