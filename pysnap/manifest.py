@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import json
 import math
@@ -40,7 +41,7 @@ class Record:
     at: int
     strides: tuple[int, ...] | None = None
 
-    @property
+    @functools.cached_property
     def extent(self) -> int:
         """Bytes from the first to behind the last element in the stream."""
         if 0 in self.shape:

@@ -115,6 +115,7 @@ class _Match:
         self._live = {name: part.state_dict() for name, part in self._parts.items()}
         self._live_leaves = {name: _leaves_of(state) for name, state in self._live.items()}
         self._saved_leaves = {name: dict(tree.leaves(node)) for name, node in self._nodes.items()}
+        self._fitting = {name: self._find_fitting(name) for name in self._parts}
         self._registered = parts
 
     def load(self) -> dict[str, Any]:
@@ -203,12 +204,10 @@ class _Match:
         misfits: set[int] = set()
         for name, part in self._parts.items():
             if isinstance(part, ModulePart):
-                saved = self._saved_leaves.get(name, {})
                 misfits |= {
                     leaf.data_ptr()
                     for path, leaf in self._live_leaves[name].items()
-                    if isinstance(leaf, torch.Tensor)
-                    and not (path in saved and self._fits(leaf, saved[path]))
+                    if isinstance(leaf, torch.Tensor) and path not in self._fitting[name]
                 }
         for name, part in self._parts.items():
             if not isinstance(part, torch.optim.Optimizer) or name not in self._nodes:
@@ -241,8 +240,7 @@ class _Match:
         for name in loaded:
             only_known = isinstance(self._parts[name], ModulePart)
             for path, index in self._saved_leaves[name].items():
-                leaf = self._live_leaves[name].get(path)
-                fits = _is_extra(path) or (leaf is not None and self._fits(leaf, index))
+                fits = path in self._fitting[name] or _is_extra(path)
                 if self._terms.wants(tree.join(name, path)) and (fits or not only_known):
                     found.add(index)
         return found | {index for name in rest for index in self._saved_leaves[name].values()}
@@ -254,14 +252,19 @@ class _Match:
             for name in loaded
             for path, index in self._saved_leaves[name].items()
             if index in wanted
+            and path in self._fitting[name]
             and not _is_extra(path)
-            and (leaf := self._live_leaves[name].get(path)) is not None
-            and self._fits(leaf, index)
-            and _is_writable(leaf)
+            and _is_writable(leaf := self._live_leaves[name][path])
         }
 
-    def _fits(self, leaf: Leaf, index: int) -> bool:
-        return self._terms.fits(leaf, self._snapshot.manifest.tensors[index])
+    def _find_fitting(self, name: str) -> set[str]:
+        """The paths of a part at which the record can be put into the live leaf."""
+        live, records = self._live_leaves[name], self._snapshot.manifest.tensors
+        return {
+            path
+            for path, index in self._saved_leaves.get(name, {}).items()
+            if path in live and self._terms.fits(live[path], records[index])
+        }
 
     def _compare(self) -> list[_Difference]:
         differences: list[_Difference] = []
@@ -295,7 +298,7 @@ class _Match:
             if leaf is None or record is None:
                 differs = all_paths
             elif all_paths:
-                differs = not self._terms.fits(leaf, record)
+                differs = path not in self._fitting[name]
             else:
                 # An optimizer casts its state itself.
                 differs = leaf.shape != record.shape

@@ -144,9 +144,21 @@ def _walk(node: Json, path: str, depth: int) -> Iterator[tuple[str, int]]:
     if isinstance(opened, int):
         yield path, opened
         return
-    for key, child in opened:
-        if type(child) is dict or type(child) is list:
-            yield from _walk(child, join(path, key), depth + 1)
+    around = [(path, iter(opened))]
+    while around:
+        path, entries = around[-1]
+        for key, child in entries:
+            if type(child) is not dict and type(child) is not list:
+                continue
+            below = join(path, key)
+            opened = _opened(child, below, depth + len(around))
+            if isinstance(opened, int):
+                yield below, opened
+            elif opened:
+                around.append((below, iter(opened)))
+                break
+        else:
+            around.pop()
 
 
 class _Pruner:
@@ -232,6 +244,8 @@ def is_unicode(text: str) -> bool:
 
 def tag_of(node: dict[str, Json]) -> str | None:
     """The tag of `node`, or None if it is a dict in its plain form."""
+    if len(node) == 1 and "$tensor" in node:
+        return "$tensor"
     tag = None
     for key in node:
         if type(key) is not str or not is_unicode(key):
