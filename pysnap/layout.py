@@ -196,22 +196,20 @@ class _ReadPlaces:
 
     def __init__(self, tensors: list[torch.Tensor], exchange: object) -> None:
         self._places = _engine.TensorPlaces(exchange, tensors)
-        self._may_be_negated = list(map(_may_be_negated, tensors))
-        self._may_be_conjugated = list(map(torch.Tensor.is_complex, tensors))
+        self._odd = [at for at, tensor in enumerate(tensors) if _may_be_negated(tensor)]
 
     def are_of(self, tensors: list[torch.Tensor]) -> bool:
-        return (
-            self._places.are_of(tensors)
+        return self._places.are_of(tensors) and not any(
             # DLPack does not know these.
-            and not any(map(torch.Tensor.is_neg, compress(tensors, self._may_be_negated)))
-            and not any(map(torch.Tensor.is_conj, compress(tensors, self._may_be_conjugated)))
+            tensors[at].is_neg() or tensors[at].is_conj()
+            for at in self._odd
         )
 
 
 def _may_be_negated(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of this form may mean the negative of its bytes, as the imaginary part of a
-    conjugated tensor does, between two elements of which there is a real part."""
-    return tensor.is_complex() or tensor.numel() == 1 or not tensor.is_contiguous()
+    """Whether a tensor of this type at this address may mean other values than its bytes: one of
+    complex numbers, or the imaginary part of one, which stands behind a real part."""
+    return tensor.is_complex() or tensor.data_ptr() % (2 * tensor.element_size()) != 0
 
 
 class _AskedPlaces:

@@ -29,6 +29,8 @@ _SIMPLE = (type(None), bool, int, str, bytes)
 _KEYS = frozenset({str, int})
 
 _Path = tuple[Any, ...]
+# Of some values, which: all, none, or one by one.
+_Mask = bool | list[bool]
 
 
 @dataclass
@@ -49,10 +51,10 @@ class _Level:
     is_mapping: list[bool]
     keys: list[Any]
     kinds: list[type]  # of what is in the containers, one after the other
-    is_leaf: list[bool]
-    is_simple: list[bool]
-    is_other: list[bool]
-    is_container: list[bool]
+    is_leaf: _Mask
+    is_simple: _Mask
+    is_other: _Mask
+    is_container: _Mask
 
     def open(self, containers: list[Any]) -> list[Any] | None:
         """What is in the containers of this level of another state; None where it is not of the
@@ -65,6 +67,18 @@ class _Level:
             return None
         children = list(chain.from_iterable(_views(containers, self.is_mapping)))
         return children if list(map(type, children)) == self.kinds else None
+
+
+def _mask(flags: list[bool]) -> _Mask:
+    if not any(flags):
+        return False
+    return True if all(flags) else flags
+
+
+def _select(values: list[Any], mask: _Mask) -> Iterable[Any]:
+    if isinstance(mask, bool):
+        return values if mask else ()
+    return compress(values, mask)
 
 
 def _views(containers: list[Any], is_mapping: list[bool]) -> Iterable[Iterable[Any]]:
@@ -118,10 +132,10 @@ class Skeleton:
                 is_mapping,
                 keys,
                 kinds,
-                is_leaf,
-                is_simple,
-                is_other,
-                is_container,
+                _mask(is_leaf),
+                _mask(is_simple),
+                _mask(is_other),
+                _mask(is_container),
             )
         )
         self.indices += [_index(node) for node, _ in compress(places, is_leaf)]
@@ -147,10 +161,10 @@ class Skeleton:
             children = level.open(containers)
             if children is None:
                 return None
-            content.leaves += compress(children, level.is_leaf)
-            content.simple += compress(children, level.is_simple)
-            content.others += compress(children, level.is_other)
-            containers = list(compress(children, level.is_container))
+            content.leaves += _select(children, level.is_leaf)
+            content.simple += _select(children, level.is_simple)
+            content.others += _select(children, level.is_other)
+            containers = list(_select(children, level.is_container))
         return content
 
     def encode(self, content: Content) -> Any:
