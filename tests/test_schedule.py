@@ -20,7 +20,7 @@ from pysnap.cadence import Cadence
 from pysnap.measure import shown_seconds
 from pysnap.repository import Snapshot
 from pysnap.retention import Keep, plan
-from pysnap.schedule import Schedule
+from pysnap.schedule import Costs, Schedule
 
 GOLDEN = Path(__file__).parent / "golden" / "days"
 
@@ -261,6 +261,118 @@ def test_a_change_is_told_when_it_is_notable(caplog: pytest.LogCaptureFixture) -
     assert 2 <= len(lines) <= 4
 
 
+# What is a cost
+
+
+def costs(*steps: float) -> Costs:
+    """Costs that have seen the first steps of a process, and then these."""
+    found = Costs()
+    for seconds in (*[9.0] * 5, *steps):
+        found.step(seconds, in_flight=False)
+    return found
+
+
+def cost_of(found: Costs, *beside: float) -> float:
+    """What one costs that blocks nothing, with these steps beside it."""
+    for seconds in beside:
+        found.step(seconds, in_flight=True)
+    found.snapshot(stall=0.0, durable=1.0)
+    return found.each
+
+
+def test_pauses_that_come_now_and_then_are_never_taken_for_longer_steps() -> None:
+    found = costs(*[0.1] * 20)
+    for _ in range(20):
+        found.step(5.0, in_flight=False)
+        found.step(0.1, in_flight=False)
+    assert cost_of(found, 0.3) == pytest.approx(0.2)
+
+
+def test_eight_long_steps_in_a_row_are_the_new_length_and_seven_are_a_pause() -> None:
+    seven, eight = costs(*[0.1] * 20, *[5.0] * 7), costs(*[0.1] * 20, *[5.0] * 8)
+    assert seven.ready and cost_of(seven, 0.3) == pytest.approx(0.2)
+    assert not eight.ready
+    for _ in range(9):
+        eight.step(5.0, in_flight=False)
+    assert eight.ready and cost_of(eight, 6.0) == pytest.approx(1.0)
+
+
+def test_what_is_a_pause_follows_steps_that_became_longer() -> None:
+    # Thirty times the first steps, and six times those before it.
+    assert cost_of(costs(*[0.1] * 10, *[0.5] * 64), 3.0) == pytest.approx(2.5)
+
+
+def test_the_first_snapshot_says_nothing_of_how_long_the_others_take() -> None:
+    found = costs(*[0.1] * 20)
+    for durable in (100.0, 1.0):
+        found.snapshot(stall=0.0, durable=durable)
+    assert found.durable == 1.0
+    for durable in (9.0, 9.0, None):
+        found.snapshot(stall=0.0, durable=durable)
+    assert found.durable == 9.0
+
+
+@dataclass
+class Taken:
+    """A snapshot that somebody else took, and that is durable."""
+
+    stall_seconds: float
+    durable_seconds: float | None = 1.0
+
+    def done(self) -> bool:
+        return True
+
+
+def after_steps(rule: str, *, mtbf: float = 6 * 3600) -> tuple[Schedule, float]:
+    """A schedule that has seen 30 steps of 0.1 s, and the time."""
+    schedule, now = Schedule(Cadence.parse(rule, "every"), mtbf=mtbf, now=1000.0), 1000.0
+    for step in range(30):
+        now += 0.1
+        schedule.after_step(step, now)
+    return schedule, now
+
+
+def test_one_that_is_saved_between_two_steps_counts() -> None:
+    """As by two calls of save() without a step: the first is durable before anybody looks."""
+    schedule, now = after_steps("1%")
+    schedule.taken(Taken(0.5), now)
+    assert schedule.interval is None
+    schedule.taken(Taken(0.5), now + 0.5)
+    assert schedule.interval == pytest.approx(50 / 0.9)
+
+
+def test_each_snapshot_is_counted_with_its_own_stall() -> None:
+    schedule, now = after_steps("1%")
+    for stall in (0.5, 0.2, 0.2, 0.2, 0.2):
+        schedule.taken(Taken(stall), now)
+        now += stall + 0.1
+        schedule.after_step(99, now)
+    assert schedule.interval == pytest.approx(20 / 0.9)
+
+
+@pytest.mark.parametrize("rule", ["1%, auto", "auto, 1%"])
+@pytest.mark.parametrize(
+    ("mtbf", "interval"), [(600.0, math.sqrt(2 * 0.5 * 600)), (86_400.0, 50 / 0.9)]
+)
+def test_of_two_measured_rules_the_shorter_interval_holds(
+    rule: str, mtbf: float, interval: float
+) -> None:
+    schedule, now = after_steps(rule, mtbf=mtbf)
+    schedule.taken(Taken(0.5), now)
+    schedule.after_step(99, now + 0.6)
+    assert schedule.interval == pytest.approx(interval)
+
+
+def test_the_way_out_of_hours_between_snapshots_keeps_the_rule(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for rule in ("2%", "auto"):
+        schedule, now = after_steps(rule, mtbf=30 * 86_400.0)
+        schedule.taken(Taken(200.0), now)
+        schedule.after_step(99, now + 200.1)
+    assert ['"2%, 1h"' in caplog.messages[0], '"auto, 1h"' in caplog.messages[1]] == [True] * 2
+
+
 # Least loss
 
 
@@ -295,6 +407,7 @@ def test_a_snapshot_is_never_due_by_cost_while_the_first_is_in_flight() -> None:
 
 # A day
 
+
 @dataclass
 class Day:
     """What a run is asked for. A snapshot is durable after `durable` to 1.25 times as many seconds,
@@ -314,7 +427,7 @@ DAYS = {
     "auto": Day("auto", Keep(last=1, for_="30m", every=None, best=3), "min loss"),
     "steps, off and on": Day("5000 steps", Keep(last=1, every="20000 steps"), "max loss"),
     "a slow disk": Day("15m", Keep(last=2, best=1, for_="50m"), "min loss", 1000.0, 6 * 3600.0),
-    "epochs": Day("1 epoch, 3h", Keep(last=2, every="4 epochs"), "max loss", by_epochs=True),
+    "epochs": Day("1 epoch, 90m", Keep(last=2, every="4 epochs"), "max loss", by_epochs=True),
 }
 EPOCH_STEPS = 6000
 
