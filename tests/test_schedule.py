@@ -161,6 +161,16 @@ def test_snapshots_cost_the_share_that_the_rule_allows(
     assert 0.6 * share < spent < 1.05 * share
 
 
+def test_steps_that_nearly_stand_beside_a_snapshot_are_what_it_costs() -> None:
+    """They were all taken for pauses of the loop: at 1%, half of the time went into snapshots."""
+    training = Training("5%", step=noisy(0.02, 0.1), cost=lambda _: Cost(0.001, 15.0, 10.0))
+    training.run(400)
+    training.lost = 0.0
+    begin = training.now
+    training.run(4000)
+    assert 0.03 < training.lost / (training.now - begin) < 0.0525
+
+
 def test_the_first_snapshot_comes_as_soon_as_steps_are_known_and_counts_while_it_is_alone() -> None:
     def cost(number: int) -> Cost:
         return Cost(10.0 if number == 0 else 0.1, 1.0, 0.5)
@@ -295,6 +305,20 @@ def test_eight_long_steps_in_a_row_are_the_new_length_and_seven_are_a_pause() ->
     for _ in range(9):
         eight.step(5.0, in_flight=False)
     assert eight.ready and cost_of(eight, 6.0) == pytest.approx(1.0)
+
+
+def test_beside_a_snapshot_a_pause_is_longer_than_it_was_in_flight() -> None:
+    found = costs(*[0.1] * 20)
+    # In 8 s, two steps that take 3.1 s each are the snapshot's doing, three are not.
+    for beside, cost in (([8.05], 7.95), ([3.1] * 2, 6.0), ([0.3, *[3.1] * 3], 0.2)):
+        for seconds in beside:
+            found.step(seconds, in_flight=True)
+        found.snapshot(stall=0.0, durable=8.0)
+        assert found._costs[-1] == pytest.approx(cost)
+    # Nor is it known to be where it failed.
+    found.step(3.1, in_flight=True)
+    found.snapshot(stall=0.0, durable=None)
+    assert found._costs[-1] == 0.0
 
 
 def test_what_is_a_pause_follows_steps_that_became_longer() -> None:
