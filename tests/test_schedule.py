@@ -561,21 +561,32 @@ def test_a_day_of_training_is_the_golden_one(name: str) -> None:
 # Snapshotter
 
 
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The clock of the Snapshotter, to be set."""
+    moment = [1000.0]
+    monkeypatch.setattr(snapshotter.time, "monotonic", lambda: moment[0])
+    return moment
+
+
+def slow_copies(training: pysnap.Snapshotter, now: list[float], seconds: float) -> None:
+    """Every capture blocks for so long."""
+    begin = training._stager.begin
+
+    def slow(*arguments: object, **named: object) -> object:
+        now[0] += seconds
+        return begin(*arguments, **named)  # type: ignore[arg-type]  # passed through
+
+    training._stager.begin = slow  # type: ignore[method-assign,assignment]  # a slow copy
+
+
 def test_snapshotter_asks_the_schedule_with_what_it_measures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, now: list[float]
 ) -> None:
     """On a clock of our own: steps of 1 s, captures of 2 s; at 10% there is one every 22 s."""
-    now = [1000.0]
-    monkeypatch.setattr(snapshotter.time, "monotonic", lambda: now[0])
     monkeypatch.setenv("PYSNAP_EVERY", "10%")
     with pysnap.Snapshotter(tmp_path, values={"a": 1}, every=3, keep=Keep(last=None)) as training:
-        begin = training._stager.begin
-
-        def slow(*arguments: object, **named: object) -> object:
-            now[0] += 2.0
-            return begin(*arguments, **named)  # type: ignore[arg-type]  # passed through
-
-        training._stager.begin = slow  # type: ignore[method-assign,assignment]  # a slow copy
+        slow_copies(training, now, 2.0)
         for step in training.steps(100):
             with training.step():
                 now[0] += 1.0
@@ -588,3 +599,44 @@ def test_snapshotter_asks_the_schedule_with_what_it_measures(
     assert steps[0] == 18  # five to warm up, ten to know; two hold a validation
     # A validation of 500 s is time, too: one is due behind each.
     assert steps[1:4] == [27, 37, 47]
+
+
+@pytest.mark.parametrize(("mtbf", "seconds"), [(None, 6 * 3600), ("800s", 800)])
+def test_auto_asks_for_the_time_between_failures(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    now: list[float],
+    mtbf: str | None,
+    seconds: float,
+) -> None:
+    if mtbf is not None:
+        monkeypatch.setenv("PYSNAP_MTBF", mtbf)
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, every="auto") as training:
+        slow_copies(training, now, 2.0)
+        for _ in training.steps(30):
+            with training.step():
+                now[0] += 1.0
+            training._committer.wait_idle()
+        assert training.stats().interval_seconds == pytest.approx(math.sqrt(2 * 2.0 * seconds))
+
+
+def test_validations_at_the_end_of_an_epoch_and_around_save_are_no_steps(
+    tmp_path: Path, now: list[float]
+) -> None:
+    """Of nine times a step, so that only the one who is told can know."""
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, every="10%") as training:
+        slow_copies(training, now, 2.0)
+        for _ in training.epochs(10):
+            for _ in range(10):
+                with training.step():
+                    now[0] += 1.0
+                training._committer.wait_idle()
+            now[0] += 9.0
+            training.save()
+            training._committer.wait_idle()
+            with training.step():
+                now[0] += 1.0
+            training._committer.wait_idle()
+            now[0] += 9.0
+        assert training._schedule._costs._usual == pytest.approx(1.0)
+        assert training._schedule._costs.each == pytest.approx(2.0)
