@@ -620,23 +620,23 @@ def test_auto_asks_for_the_time_between_failures(
         assert training.stats().interval_seconds == pytest.approx(math.sqrt(2 * 2.0 * seconds))
 
 
-def test_validations_at_the_end_of_an_epoch_and_around_save_are_no_steps(
-    tmp_path: Path, now: list[float]
+@pytest.mark.parametrize("how", ["epochs", "save", "report"])
+def test_a_validation_that_the_snapshotter_can_know_of_is_no_step(
+    tmp_path: Path, now: list[float], how: str
 ) -> None:
-    """Of nine times a step, so that only the one who is told can know."""
-    with pysnap.Snapshotter(tmp_path, values={"a": 1}, every="10%") as training:
-        slow_copies(training, now, 2.0)
-        for _ in training.epochs(10):
+    """It takes nine times as long as a step, so that nothing else tells it from one."""
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, every="1%") as training:
+        for _ in training.epochs(5) if how == "epochs" else range(5):
             for _ in range(10):
                 with training.step():
                     now[0] += 1.0
                 training._committer.wait_idle()
-            now[0] += 9.0
-            training.save()
-            training._committer.wait_idle()
-            with training.step():
-                now[0] += 1.0
-            training._committer.wait_idle()
-            now[0] += 9.0
-        assert training._schedule._costs._usual == pytest.approx(1.0)
-        assert training._schedule._costs.each == pytest.approx(2.0)
+            now[0] += 8.0
+            if how == "save":
+                training.save().wait()
+            elif how == "report":
+                training.report(loss=1.0)
+        with training.step():
+            now[0] += 1.0
+        assert set(training._schedule._costs._plain) == {1.0}
+        assert set(training._schedule._costs._costs) == {0.0}
