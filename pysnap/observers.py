@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,5 +169,10 @@ def _call(call: Callable[[Any], object] | None, argument: object, failed: str) -
     try:
         with trace.span("callback"):
             call(argument)
-    except Exception:
+    except BaseException as error:
+        # In the main thread, what ends a process may be somebody's Ctrl-C or signal; in another, it
+        # would end that thread without a word.
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and not isinstance(error, Exception):
+            raise
         _log.exception(failed)

@@ -49,6 +49,8 @@ class Costs:
         self._pauses = 0  # in a row
         self._flight_seconds = 0.0
         self._flight_steps = 0
+        self._long_seconds = 0.0  # of steps beside the one in flight that may be pauses
+        self._long_steps = 0
         self._costs: deque[float] = deque(maxlen=_SNAPSHOTS_SEEN)
         self._stalls: deque[float] = deque(maxlen=_SNAPSHOTS_SEEN)
         self._durable: deque[float] = deque(maxlen=_SNAPSHOTS_SEEN)
@@ -60,7 +62,12 @@ class Costs:
         if self._left_to_warm:
             self._left_to_warm -= 1
             return
-        if seconds > _PAUSE * self._usual:
+        is_long = seconds > _PAUSE * self._usual
+        if is_long and in_flight:
+            self._long_seconds += seconds
+            self._long_steps += 1
+            return
+        if is_long:
             self._pauses += 1
             if self._pauses < _PAUSES_IN_A_ROW:
                 return
@@ -88,8 +95,9 @@ class Costs:
         None: it failed."""
         if self._plain:
             self._usual = statistics.fmean(self._plain)
-        longer = self._flight_seconds - self._flight_steps * self._usual if self._plain else 0.0
+        longer = self._longer(durable) if self._plain else 0.0
         self._flight_seconds, self._flight_steps = 0.0, 0
+        self._long_seconds, self._long_steps = 0.0, 0
         if self._first and len(self._costs) == 1:
             # It took its memory and made its plan: it stands for the others only while it is alone.
             self._first = False
@@ -101,10 +109,12 @@ class Costs:
         if durable is not None:
             self._durable.append(durable)
 
-    @property
-    def known(self) -> bool:
-        """Whether one was measured."""
-        return bool(self._costs)
+    def _longer(self, durable: float | None) -> float:
+        """By how many seconds steps took longer beside the one that was in flight."""
+        longer = self._flight_seconds - self._flight_steps * self._usual
+        much_longer = self._long_seconds - self._long_steps * self._usual
+        # More than the time in which it was in flight is not its doing.
+        return longer + much_longer if much_longer <= (durable or 0.0) else longer
 
     @property
     def stall(self) -> float:

@@ -10,6 +10,7 @@ import pytest
 from pysnap.cadence import Cadence
 from pysnap.config import SETTINGS, Config, parse_size
 from pysnap.errors import ConfigError
+from pysnap.measure import shown_size
 
 
 def test_default_environment_argument() -> None:
@@ -35,6 +36,8 @@ def test_cadences_as_text(rule: str, text: str) -> None:
 def test_the_time_between_failures() -> None:
     assert Config.resolve({}).mtbf == 21600
     assert Config.resolve({"PYSNAP_MTBF": "45m"}).mtbf == 2700
+    # Without a unit it is seconds, as the grace.
+    assert Config.resolve({"PYSNAP_MTBF": "90", "PYSNAP_GRACE": "1.5"}).mtbf == 90
 
 
 @pytest.mark.parametrize("text", ["6 hours", "0h", "5 steps", "often"])
@@ -54,6 +57,24 @@ def test_the_cadence_of_the_environment_wins() -> None:
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.5, "1 kB"),
+        (9_994, "9.99 kB"),
+        (99_940, "99.9 kB"),
+        (12_340_000, "12.3 MB"),
+        (999_400_000, "999 MB"),
+        (999_600_000, "1 GB"),
+        (1_234e12, "1234 TB"),
+    ],
+)
+def test_sizes_for_people(size: float, text: str) -> None:
+    assert shown_size(size) == text
 
 
 @pytest.mark.parametrize("text", ["", "-1", "5 apples", "1e9", "0x10", "GiB"])

@@ -112,16 +112,47 @@ def test_tensorboard_gets_scalars(tmp_path: Path) -> None:
     assert writer.scalars == expected
 
 
-def test_a_writer_that_fails_fails_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_what_a_writer_or_a_callback_raises_never_reaches_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: type[BaseException]
 ) -> None:
     class Broken:
         def add_scalar(self, *_: object) -> None:
-            raise ValueError("mine")
+            raise error("mine")
 
-    with pysnap.Snapshotter(tmp_path, x=torch.zeros(10), tensorboard=Broken()) as snapshotter:
+    with pysnap.Snapshotter(
+        tmp_path,
+        x=torch.zeros(10),
+        every=1,
+        tensorboard=Broken(),
+        on_durable=Broken().add_scalar,
+        on_error="raise",
+    ) as snapshotter:
+        for _ in snapshotter.steps(3):
+            with snapshotter.step():
+                pass
+            snapshotter._committer.wait_idle()
+    assert snapshotter.stats().durable == 3 and snapshotter.stats().failed == 0
+    for step in (1, 2, 3):
+        assert f"tensorboard failed at step {step}" in caplog.messages
+        assert f"on_durable failed for the snapshot of step {step}" in caplog.messages
+
+
+def test_ctrl_c_in_a_callback_of_the_main_thread_is_the_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: pysnap.Failure) -> None:
+        raise KeyboardInterrupt
+
+    def refused(*_: object, **__: object) -> None:
+        raise pysnap.StorageError(12, "no memory")
+
+    with pysnap.Snapshotter(tmp_path, x=torch.zeros(10), on_error=interrupted) as snapshotter:
+        with monkeypatch.context() as patch:
+            patch.setattr(snapshotter._stager, "begin", refused)
+            with pytest.raises(KeyboardInterrupt):
+                snapshotter.save()
         snapshotter.save().wait()
-    assert "tensorboard failed at step 0" in caplog.text and snapshotter.stats().durable == 1
 
 
 def test_what_cannot_be_a_writer_is_refused(tmp_path: Path) -> None:

@@ -134,6 +134,8 @@ def test_a_tagged_snapshot_takes_room_besides(tmp_path: Path) -> None:
         (Keep(last=2, for_="1h"), "10m", True, 2, False),
         (Keep(last=2, for_="1h"), "10m, 100 steps", False, 2, False),
         (Keep(last=2, for_="1h"), "1%", False, 2, False),
+        (Keep(last=2, for_="1h"), "1%, 10m", False, 2, False),
+        (Keep(last=2, for_="1h"), "25m", False, 6, True),
     ],
     ids=str,
 )
@@ -244,7 +246,9 @@ def test_staging_that_memory_does_not_hold_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshotter, "available_memory", lambda: 10 * MB)
-    with pytest.raises(pysnap.ConfigError, match="host_memory: staging needs 20 MB, and 10 MB"):
+    with pytest.raises(
+        pysnap.ConfigError, match=r"host_memory: staging needs 20 MB, and 10 MB .* such as 4MiB"
+    ):
         pysnap.Snapshotter(tmp_path, values=values(20), host_memory="32MiB")
     pysnap.Snapshotter(tmp_path, values=values(20), host_memory="8MiB").close()
 
@@ -296,17 +300,47 @@ def test_a_directory_that_takes_no_bytes_is_refused_before_the_first_step(
     opened.close()
 
 
-def checked(opened: repository.Repository, cadence: str = "off") -> None:
-    preflight.check(
+def checked(
+    opened: repository.Repository,
+    cadence: str = "off",
+    *,
+    size: Size | None = None,
+    metadata: int = 0,
+) -> preflight.Forecast:
+    return preflight.check(
         opened,
-        Size(4 * MB, 4 * MB, 4 * MB),
+        size or Size(4 * MB, 4 * MB, 4 * MB),
         Keep(),
         Cadence.parse(cadence, "every"),
         encodes=False,
         improvements=False,
         free_memory=10**12,
-        metadata=0,
+        metadata=metadata,
     )
+
+
+def test_what_describes_a_snapshot_takes_room_besides(tmp_path: Path) -> None:
+    opened = repository.Repository(tmp_path)
+    plain, described = checked(opened), checked(opened, metadata=MB)
+    opened.close()
+    assert described.snapshot == plain.snapshot + MB and described.peak == plain.peak + 4 * MB
+    # Notes, directory and pages that are not full, beside packs and tree.
+    assert plain.snapshot >= 4 * MB + 3 * 4096
+
+
+def test_a_state_larger_than_the_test_takes_as_many_times_as_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    moments = iter([100.0, 102.0])
+    monkeypatch.setattr(preflight.time, "monotonic", lambda: next(moments))
+    opened = repository.Repository(tmp_path)
+    # The four times larger state takes 8 s, of which the step waits for what is not staged.
+    whole = 4 * preflight._TEST_BYTES
+    checked(opened, "7s", size=Size(stream=whole, disk=whole, staging=whole // 4))
+    opened.close()
+    staging, cadence = warnings_of(caplog)
+    assert "waits for the disk, about 6s" in staging
+    assert "due every 7s" in cadence and "about 8s" in cadence
 
 
 def test_a_cadence_faster_than_the_disk_is_told(
@@ -341,7 +375,8 @@ MOUNTS = """\
     ],
 )
 def test_the_file_system_of_a_path(path: str, kind: str) -> None:
-    assert preflight.file_system(Path(path), MOUNTS) == kind
+    for mounts in (MOUNTS, "\n".join(reversed(MOUNTS.splitlines()))):
+        assert preflight.file_system(Path(path), mounts) == kind
 
 
 @pytest.mark.parametrize(("kind", "words"), [("nfs4", "network"), ("tmpfs", "in memory")])
@@ -356,6 +391,33 @@ def test_a_place_that_keeps_no_promise_is_told(
     pysnap.Snapshotter(tmp_path, values={"a": 1}).close()
     (told,) = warnings_of(caplog)
     assert words in told and kind in told
+
+
+@pytest.mark.parametrize(
+    ("argument", "environment", "words"),
+    [
+        (None, {}, ": off (from default)"),
+        (200, {}, ": every 200 steps (from argument)"),
+        (200, {"PYSNAP_EVERY": "off"}, ": off (from PYSNAP_EVERY)"),
+        (200, {"PYSNAP_EVERY": "1%, 1h"}, "pays for (from PYSNAP_EVERY)"),
+        ("auto", {}, ", at a failure every 6h (from argument)"),
+        ("auto", {"PYSNAP_MTBF": "45m"}, ", at a failure every 45m of PYSNAP_MTBF (from argument)"),
+    ],
+)
+def test_the_first_line_of_the_log_is_the_rule_in_force_and_where_it_came_from(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    argument: str | int | None,
+    environment: dict[str, str],
+    words: str,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    caplog.set_level(logging.INFO, "pysnap")
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}, every=argument):
+        first = caplog.messages[0]
+    assert first.startswith(f"snapshots to {tmp_path}: ") and first.endswith(words)
 
 
 def test_the_first_line_tells_the_rule_and_the_second_what_it_needs(

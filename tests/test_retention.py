@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -154,9 +155,16 @@ def test_what_stands_still_grows_no_older() -> None:
     assert removed(snapshots, Keep(last=1, for_="10m")) == []
 
 
-def test_a_snapshot_that_does_not_say_its_time_is_kept_by_no_rule_of_time() -> None:
+@pytest.mark.parametrize(
+    "progress",
+    [["somebody else's"], {}, {"seconds": "long"}, {"seconds": math.nan}, {"seconds": -math.inf}],
+    ids=str,
+)
+def test_a_snapshot_that_does_not_say_its_time_is_kept_by_no_rule_of_time(
+    progress: object,
+) -> None:
     snapshots = run([100, 200, 300])
-    snapshots[1].manifest.metadata["progress"] = ["somebody else's"]
+    snapshots[1].manifest.metadata["progress"] = progress
     assert removed(snapshots, Keep(last=1, for_="10h")) == ["200-2"]
     assert removed(snapshots, Keep(last=1, every="1h")) == ["200-2"]
 
@@ -209,6 +217,9 @@ def test_a_rule_that_keeps_nothing_is_refused(last: object) -> None:
     ("arguments", "words"),
     [
         ({"best": -1}, "best"),
+        ({"best": True}, "best=True"),
+        ({"best": 1.5}, "best=1.5"),
+        ({"best": "2"}, "best='2'"),
         ({"every": "0 steps"}, "every='0 steps'"),
         ({"every": "sometimes"}, "such as"),
         ({"every": True}, "every=True"),
@@ -224,6 +235,14 @@ def test_rules_that_cannot_be_or_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
         Keep(**arguments)  # type: ignore[arg-type]  # that is the test
+
+
+def test_a_mark_on_what_is_not_among_the_snapshots_holds_nothing() -> None:
+    """One that became visible and may not be durable is marked, and no snapshot to count on."""
+    snapshots = run([1, 2, 3])
+    held = {Path("elsewhere"): "pinned", snapshots[2].path: "tagged a"}
+    verdicts = plan(snapshots, Keep(last=1), held=held)
+    assert [verdict.kept for verdict in verdicts] == [True, False, True]
 
 
 def test_best_ones_need_a_metric() -> None:

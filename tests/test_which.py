@@ -177,6 +177,16 @@ def test_an_improvement_takes_a_snapshot_and_the_best_ones_are_kept(tmp_path: Pa
         resumed(tmp_path, "best")
 
 
+def test_a_metric_that_is_nan_from_the_beginning_is_no_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pysnap.Snapshotter(tmp_path, best="min loss", value=[1]) as snapshotter:
+        assert not snapshotter.report(loss=math.nan)
+        assert "loss is not a number at step 0" in caplog.text
+        assert snapshotter.report(loss=7.0)
+    assert len(list(tmp_path.glob("step-*"))) == 1
+
+
 def test_the_record_holds_after_a_resume(tmp_path: Path) -> None:
     with pysnap.Snapshotter(tmp_path, best="max accuracy by 0.1", value=[1]) as snapshotter:
         assert snapshotter.report(accuracy=0.5)
@@ -188,8 +198,14 @@ def test_the_record_holds_after_a_resume(tmp_path: Path) -> None:
         assert snapshotter.report(accuracy=torch.tensor(0.61))  # type: ignore[arg-type]  # as people do
 
 
-@pytest.mark.parametrize("rule", ["", "loss", "least loss", "min", "min loss by", "min loss by x"])
-def test_rules_of_what_is_best_that_do_not_parse(tmp_path: Path, rule: str) -> None:
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *("", "loss", "least loss", "min", "min loss by", "min loss by x"),
+        *("min loss by -1", "min loss by nan", "min loss by inf", 3),
+    ],
+)
+def test_rules_of_what_is_best_that_do_not_parse(tmp_path: Path, rule: Any) -> None:
     with pytest.raises(pysnap.ConfigError, match="best is"):
         pysnap.Snapshotter(tmp_path, best=rule, value=[1])
 
@@ -207,6 +223,9 @@ def test_what_is_no_metric_is_refused(tmp_path: Path) -> None:
 
 def test_parsing() -> None:
     assert Best.parse(" max  f1 by 1e-3") == Best("f1", True, 0.001)
+    # The text is stored, and read again by the next process and by the command line.
+    for rule in ("min loss", "max f1 by 0.001"):
+        assert str(Best.parse(rule)) == rule
     assert Best.parse("min loss").improves(1.0, None) and not Best.parse("min a").improves(1.0, 1.0)
     assert Which.parse("step=12", "which") == Which("step", 12)
     assert Which.parse(Path("x"), "which") == Which("path", "x")
