@@ -308,6 +308,43 @@ def test_a_state_larger_than_staging_is_told(
     assert "waits for the disk" in told and "8.39 MB" in told
 
 
+def test_the_time_that_a_step_waits_is_that_of_what_staging_does_not_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    moments = iter([100.0, 108.0])
+    monkeypatch.setattr(preflight.time, "monotonic", lambda: next(moments))
+    opened = repository.Repository(tmp_path)
+    preflight.check(
+        opened,
+        Size(stream=4000, disk=4000, staging=1000),
+        Keep(),
+        Cadence(),
+        encodes=False,
+        improvements=False,
+        free_memory=10**9,
+        metadata=0,
+    )
+    opened.close()
+    (told,) = warnings_of(caplog)
+    assert "about 6s" in told
+
+
+def test_a_large_configuration_is_part_of_every_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced: list[preflight.Forecast] = []
+    check = preflight.check
+    monkeypatch.setattr(
+        snapshotter.preflight, "check", lambda *a, **named: announced.append(check(*a, **named))
+    )
+    config = {str(number): "x" * 1000 for number in range(300)}
+    with pysnap.Snapshotter(tmp_path, x=torch.zeros(9), config=config, codec="none") as training:
+        training.save().wait()
+    (path,) = tmp_path.glob("step-*")
+    taken = sum(file.stat().st_blocks * 512 for file in path.iterdir())
+    assert 300_000 < taken <= announced[0].snapshot < taken + 100_000
+
+
 def test_a_fresh_optimizer_counts_with_the_state_it_will_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +406,8 @@ MOUNTS = """\
 30 22 0:26 / /home rw - nfs4 server:/home rw
 31 30 254:1 / /home/me/with\\040blank rw - xfs /dev/vdb rw
 32 22 0:30 / /dev/shm rw - tmpfs tmpfs rw
+33 22 0:31 / /over rw - ext4 /dev/vdc rw
+34 33 0:32 / /over rw - nfs4 server:/over rw
 """
 
 
@@ -377,6 +416,7 @@ MOUNTS = """\
     [
         ("/data/run", "ext4"),
         ("/home/me/run", "nfs4"),
+        ("/over/run", "nfs4"),  # what was mounted last lies above
         ("/homes/run", "ext4"),
         ("/home/me/with blank/run", "xfs"),
         ("/dev/shm", "tmpfs"),
