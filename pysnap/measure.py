@@ -25,7 +25,7 @@ class Amount:
     def parse(cls, text: str | int) -> Amount:
         """The amount that `text` names; a bare number means steps. Raises ValueError."""
         match = _AMOUNT.fullmatch(str(text).strip().lower())
-        if match is None or isinstance(text, bool) or int(match[1]) == 0:
+        if match is None or int(match[1]) == 0:
             raise ValueError(f"expected an amount such as {FORMS}")
         number, unit = int(match[1]), match[2]
         if unit in _SECONDS:
