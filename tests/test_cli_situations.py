@@ -165,7 +165,7 @@ def test_beside_a_running_writer(tmp_path: Path, commands: Commands, command: st
     make_repository(tmp_path / "runs")
     (tmp_path / "out").mkdir()
     with pysnap.Snapshotter(tmp_path / "runs", x=torch.zeros(5)) as snapshotter:
-        snapshotter.save()
+        snapshotter.save().wait()
         commands.text(*words(command, tmp_path), status=4 if command == "prune" else 0)
         assert (tmp_path / "runs" / "step-000000003").exists()
     if command == "prune":

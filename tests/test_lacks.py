@@ -172,6 +172,31 @@ def fail(monkeypatch: pytest.MonkeyPatch, file: Path, number: int) -> None:
     monkeypatch.setattr(storage, "read_file", refuse)
 
 
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_the_system_lacks_at_a_pack_ends_the_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    make_runs(tmp_path / "runs")
+    restore = _engine.restore
+
+    def refuse(*, packs: list[tuple[str, int]], **rest: Any) -> None:
+        if "step-000000003" in packs[0][0]:
+            raise StorageError(number, f"opening {packs[0][0]} failed: x", packs[0][0])
+        restore(packs=packs, **rest)
+
+    monkeypatch.setattr(_engine, "restore", refuse)
+    value = torch.zeros(5000)
+    with (
+        pysnap.Snapshotter(tmp_path / "runs", every="off", value=value) as snapshotter,
+        pytest.raises(StorageError) as caught,
+    ):
+        snapshotter.resume()
+    assert caught.value.errno == number
+    assert not value.any() and snapshotter.progress.step == 0
+    with pytest.raises(StorageError):
+        pysnap.load(tmp_path / "runs")
+
+
 def _verified(root: Path) -> object:
     return verify_repository(root)
 
