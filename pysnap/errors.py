@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 _MOST_SHOWN = 200
+# What the process or the machine lacked when it was to look at a file, and what to do about it.
+_LACKS = {
+    errno.EMFILE: "close files that this process holds open, or raise its limit (`ulimit -n`)",
+    errno.ENFILE: "end programs that hold many files open, or raise the system's limit",
+    errno.ENOMEM: "free memory, and try again",
+    errno.ENOBUFS: "free memory, and try again",
+    errno.EAGAIN: "try again",
+    errno.EINTR: "try again",
+}
 
 
 def printable(text: str, most: int = _MOST_SHOWN) -> str:
@@ -18,6 +28,12 @@ def printable(text: str, most: int = _MOST_SHOWN) -> str:
 
 class Error(Exception):
     """Base class of all errors of pysnap."""
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether the process or the machine lacked what looking takes, such as a descriptor: what
+        is stored may be whole all the same."""
+        return False
 
     def behind(self, beginning: str) -> Error:
         """The same error, of which the sentence begins with `beginning`; this one is its cause."""
@@ -40,7 +56,13 @@ class StorageError(Error, OSError):
 
     def __str__(self) -> str:
         # The sentence names the path already, which OSError would repeat.
-        return f"{self.strerror} (errno {self.errno})"
+        advice = f"; {_LACKS[self.errno]}" if self.errno in _LACKS else ""
+        return f"{self.strerror} (errno {self.errno}){advice}"
+
+    @property
+    def says_nothing(self) -> bool:
+        """See Error."""
+        return self.errno in _LACKS
 
     def behind(self, beginning: str) -> StorageError:
         """See Error."""

@@ -67,7 +67,8 @@ def load(path: str | os.PathLike[str], only: Iterable[str] | None = None) -> Any
     on the way; a list or tuple of which a part is selected stays whole.
 
     Raises NotFoundError where there is no snapshot or a name selects nothing, CorruptError where
-    none is intact, FormatError for an unknown format.
+    none is intact, FormatError for an unknown format, StorageError, with nothing skipped, where
+    the process or the machine lacks descriptors or memory to look.
     """
     names = None if only is None else _names(only)
     return _newest(path, lambda snapshot: load_state(snapshot, names))
@@ -108,6 +109,8 @@ def _newest(path: str | os.PathLike[str], read: Callable[[Snapshot], _Read]) -> 
             try:
                 return read(snapshot)
             except (CorruptError, StorageError) as error:
+                if error.says_nothing:
+                    raise
                 # The writer's retention may have removed it since it was listed.
                 if not is_gone(snapshot.path):
                     skipped.append(tell_skipped(snapshot.path, error))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+
+from pysnap.errors import StorageError
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -41,10 +44,15 @@ def advice_to_lock() -> str:
 
 
 def _machine() -> int:
-    for line in (_PROC / "meminfo").read_text().splitlines():
+    file = _PROC / "meminfo"
+    try:
+        lines = file.read_text().splitlines()
+    except OSError as error:
+        raise StorageError.wrap(error, f"reading {file}", file) from error
+    for line in lines:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"{_PROC}/meminfo has no MemAvailable")
+    raise StorageError(errno.EINVAL, f"{file} has no MemAvailable", str(file))
 
 
 def _groups() -> Iterator[int]:

@@ -20,7 +20,7 @@ from pysnap.cadence import Cadence
 from pysnap.capture import Size
 from pysnap.errors import ConfigError, StorageError
 from pysnap.measure import shown_seconds, shown_size
-from pysnap.repository import Repository, Snapshot
+from pysnap.repository import Listing, Repository
 from pysnap.retention import Keep
 
 _log = logging.getLogger("pysnap")
@@ -53,7 +53,8 @@ class Forecast:
     """Whether no more than those ever stay."""
     peak: int
     """Bytes of all that is there at one moment, at most, if `bounded`: those that stay, those that
-    a tag or a pin holds, and one in flight, or one that is about to be removed."""
+    a tag or a pin holds now or that cannot be read, and one in flight, or one that is about to be
+    removed."""
     present: int
     """Bytes of what is there now."""
 
@@ -62,7 +63,7 @@ def forecast(
     size: int,
     keep: Keep,
     cadence: Cadence,
-    snapshots: list[Snapshot],
+    listing: Listing,
     held: dict[Path, str],
     *,
     improvements: bool,
@@ -71,8 +72,10 @@ def forecast(
     snapshots are taken for a metric, too."""
     more = _more_kept(keep, cadence, improvements)
     kept = (keep.last or 1) + keep.best + (more or 0)
-    marked = sum(_on_disk(one) for one in snapshots if one.path in held)
-    others = sum(_on_disk(one) for one in snapshots if one.path not in held)
+    paths = [one.path for one in listing.snapshots]
+    stay = [path for path in paths if path in held] + [path for path, _ in listing.damaged]
+    marked = sum(map(_on_disk, stay))
+    others = sum(_on_disk(path) for path in paths if path not in held)
     # What is there may be more than the rule keeps, or larger: it goes when the first is durable.
     peak = marked + max((kept + 1) * size, others + size)
     bounded = keep.last is not None and more is not None
@@ -98,11 +101,11 @@ def _kinds(cadence: Cadence) -> int:
     return sum(value is not None for value in (cadence.steps, cadence.seconds, cadence.epochs))
 
 
-def _on_disk(snapshot: Snapshot) -> int:
+def _on_disk(snapshot: Path) -> int:
     """Bytes of the files of a snapshot; 0 where they cannot be told."""
     try:
-        names = storage.list_directory(snapshot.path)
-        return _REST + sum(storage.file_size(snapshot.path / name) for name in names)
+        names = storage.list_directory(snapshot)
+        return _REST + sum(storage.file_size(snapshot / name) for name in names)
     except StorageError:
         return 0
 
@@ -129,7 +132,7 @@ def check(
         size.disk + metadata + _REST,
         keep,
         cadence,
-        repository.list().snapshots,
+        repository.list(),
         repository.held(),
         improvements=improvements,
     )
@@ -156,7 +159,8 @@ def check(
         "a snapshot has up to %s on disk and is durable after about %s; %s",
         shown_size(found.snapshot),
         shown_seconds(seconds),
-        f"{root.name} will have {shown_size(found.peak)} at most"
+        f"{root.name} will have {shown_size(found.peak)} at most, and what is tagged or pinned "
+        "from now on"
         if found.bounded
         else f"how many {keep} keeps has no bound",
     )

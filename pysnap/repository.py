@@ -119,7 +119,8 @@ def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType
     """Everything committed in the repository at `root`. Safe beside a writer; takes no lock.
 
     The manifest of a `known` snapshot is not read again. Raises NotFoundError where there is no
-    repository and FormatError where it has an unknown format.
+    repository, FormatError where it has an unknown format and the StorageError that says nothing
+    of what is stored.
     """
     check_header(root)
     read = dict(known)
@@ -142,6 +143,8 @@ def _list_once(root: Path, known: Mapping[Path, Snapshot]) -> tuple[Listing, boo
         try:
             snapshots.append(known.get(path) or open_listed(path))
         except (CorruptError, FormatError, NotFoundError, StorageError) as error:
+            if error.says_nothing:
+                raise
             if is_gone(path):
                 complete = False
             else:

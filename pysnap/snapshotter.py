@@ -293,7 +293,8 @@ class Snapshotter:
         the program's own says so only when it is loaded, the message tells what was overwritten);
         CorruptError if snapshots exist but none is intact (the message says whether parts were
         touched); NotFoundError where the rule finds none; FormatError for one of another format;
-        ConfigError for arguments that cannot be.
+        StorageError, with none skipped, where the process or the machine lacks descriptors or
+        memory to look; ConfigError for arguments that cannot be.
         """
         self._check_open()
         rule = self._which or _rule(which, step, tag)
@@ -316,6 +317,8 @@ class Snapshotter:
             try:
                 self._restore(snapshot, terms)
             except (CorruptError, StorageError) as error:
+                if error.says_nothing:
+                    raise
                 touched = True
                 skipped.append(tell_skipped(snapshot.path, error))
                 continue

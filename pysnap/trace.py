@@ -4,8 +4,8 @@
         ...
 
 Off, as it is unless `PYSNAP_TRACE` names a file, a span costs one call. The file is in Chrome's
-trace event format, complete after each snapshot; one that a killed process leaves in the middle of
-a write is still read by both.
+trace event format, complete after each snapshot; one that a process leaves that was killed in the
+middle of a write ends with a line that is cut, which both pass over.
 """
 
 from __future__ import annotations
@@ -91,21 +91,23 @@ class _Trace:
 
 
 class _List:
-    """A JSON file of one list that grows and is whole after every call. Nothing is made durable."""
+    """A JSON file of one list that grows, an item a line, and is whole after every call. Wherever a
+    call is cut short, whole lines are left and at most one that is not. Nothing is made durable."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         os.ftruncate(self._descriptor, 0)
-        self._end = 0  # the end of the last item
+        self._end = 0  # where the next item begins
         self._put(b"[\n]\n")
-        self._end = 1
+        self._first = self._end = 2
 
     def extend(self, items: Iterable[str]) -> None:
         """Append items, each given as JSON."""
-        text = ",\n".join(items).encode()
-        if text:
-            data = (b"\n" if self._end == 1 else b",\n") + text
-            self._put(data + b"\n]\n")
+        # A comma begins a line: behind what was whole it would make it another list.
+        data = "".join(f",{item}\n" for item in items).encode()
+        if data:
+            data = data[1:] if self._end == self._first else data
+            self._put(data + b"]\n")
             self._end += len(data)
 
     def _put(self, data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -85,7 +86,8 @@ def verify_snapshot(path: str | os.PathLike[str], *, progress: Progress | None =
 
     `progress` is called now and then with the number of bytes of encoded chunks that were checked
     since the last call; in all they are `Verdict.manifest.stored`. Damage is told, not raised, and
-    so is a format that is not known; NotFoundError says that there is no snapshot.
+    so is a format that is not known. Raises NotFoundError where there is no snapshot, and an Error
+    where the process or the machine lacks what looking takes (descriptors, memory, libzstd).
     """
     directory = Path(path)
     if not is_snapshot(directory):
@@ -98,8 +100,8 @@ def verify_repository(
 ) -> RepositoryVerdict:
     """Verify every snapshot of the repository `path`, safely beside its writer.
 
-    `progress` as in `verify_snapshot`. Raises NotFoundError where there is no repository and
-    StorageError where it cannot be listed.
+    `progress` as in `verify_snapshot`. Raises NotFoundError where there is no repository,
+    StorageError where it cannot be listed, and as `verify_snapshot`.
     """
     root = Path(path)
     names = snapshot_names(root) if os.path.isdir(root) else []
@@ -107,6 +109,8 @@ def verify_repository(
     try:
         check_header(root)
     except Error as error:
+        if error.says_nothing:
+            raise
         # Where there are snapshots, a missing header is damage.
         if isinstance(error, NotFoundError) and not names:
             raise
@@ -128,6 +132,8 @@ def _verify(
     try:
         snapshot = open_snapshot(path)
     except Error as error:
+        if error.says_nothing:
+            raise
         verdict.problems.append(str(error))
         return verdict
     verdict.manifest = snapshot.manifest
@@ -146,6 +152,8 @@ def _check_files(verdict: Verdict, snapshot: Snapshot) -> None:
     try:
         present = storage.list_directory(snapshot.path)
     except StorageError as error:
+        if error.says_nothing:
+            raise
         verdict.problems.append(str(error))
         return
     verdict.missing += sorted(packs.difference(present))
@@ -159,6 +167,8 @@ def _check_files(verdict: Verdict, snapshot: Snapshot) -> None:
     try:
         Notes.read(snapshot.path)
     except Error as error:
+        if error.says_nothing:
+            raise
         verdict.remarks.append(str(error))
 
 
@@ -177,17 +187,27 @@ def _damages(
                 threads=min(_MOST_THREADS, _engine.available_processors()),
                 zstd=zstd_libraries(),
             )
-        except (Error, MemoryError) as error:
-            # No damage: libzstd is missing, or there is no memory.
-            verdict.problems.append(f"{snapshot.path} cannot be verified: {error or 'no memory'}")
-            break
+        except MemoryError:
+            raise Error(f"{snapshot.path} cannot be verified: there is no memory") from None
+        except Error as error:
+            # No damage: libzstd is missing.
+            raise Error(f"{snapshot.path} cannot be verified: {error}") from error
         for index, what in found:
+            _raise_if_the_system_said_it(what, snapshot)
             chunk = first + index
             start = ends[chunk - 1] if chunk else 0
             damages.setdefault(what, []).append((start, ends[chunk]))
         if progress is not None:
             progress(int(chunks["stored"][first:last].sum(dtype=np.int64)))
     return damages
+
+
+def _raise_if_the_system_said_it(what: str, snapshot: Snapshot) -> None:
+    """The engine tells damage as sentences, and among them what the system refused to it."""
+    for number in errno.errorcode:
+        error = StorageError(number, what, str(snapshot.path))
+        if error.says_nothing and what.endswith(f" failed: {os.strerror(number)}"):
+            raise error
 
 
 def _batches(ends: list[int]) -> Iterator[tuple[int, int]]:

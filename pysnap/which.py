@@ -75,7 +75,9 @@ class Which:
 def _tags(snapshot: Snapshot) -> tuple[str, ...]:
     try:
         return Notes.read(snapshot.path).tags
-    except (CorruptError, StorageError):
+    except (CorruptError, StorageError) as error:
+        if error.says_nothing:
+            raise
         return ()
 
 

@@ -367,6 +367,40 @@ def test_report_is_one_file_with_everything(
     assert sorted(os.listdir(tmp_path)) == ["gpt", "report.html"]
 
 
+def test_report_as_a_picture(repository: Path, tmp_path: Path, commands: Commands) -> None:
+    pytest.importorskip("matplotlib", reason="it draws the picture")
+    image = pytest.importorskip("matplotlib.image")
+    (repository / "events.jsonl").unlink(missing_ok=True)
+    commands.text("report", repository, tmp_path / "few.png")
+    add_events(repository, *RUN)
+    odd = {"$x^{": 1.0, "日本": 2.0, "<b>": 1e300}
+    add_events(repository, {"event": "metrics", "step": 3, "values": odd})
+    found = commands.json("report", repository, tmp_path / "r.png")
+    data = (tmp_path / "r.png").read_bytes()
+    assert data.startswith(b"\x89PNG\r\n") and found["bytes"] == len(data)
+    few, more = (image.imread(tmp_path / name) for name in ("few.png", "r.png"))
+    # Loss and sizes alone; then stalls, times to durable and the three odd metrics besides.
+    assert few.shape[1] == more.shape[1] and more.shape[0] / few.shape[0] == 7 / 2
+    assert more.std() > 0.05
+    commands.text("report", repository, tmp_path / "r.png", status=2)
+    assert sorted(os.listdir(tmp_path)) == ["few.png", "gpt", "r.png"]
+
+
+def test_a_picture_of_nothing_or_without_matplotlib_is_refused(
+    tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pysnap.Snapshotter(tmp_path / "new", x=torch.zeros(1)).close()
+    (tmp_path / "new" / "events.jsonl").unlink(missing_ok=True)
+    commands.text("report", tmp_path / "new", tmp_path / "r.png", status=3)
+    assert "nothing to plot" in commands.errors
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    commands.text("report", tmp_path / "new", tmp_path / "r.png", status=2)
+    assert "pip install 'pysnap[cli]'" in commands.errors
+    commands.text("report", tmp_path / "new", tmp_path / "r.svg", status=2)
+    assert "must end in .html, or in .png" in commands.errors
+    assert os.listdir(tmp_path) == ["new"]
+
+
 def test_report_of_a_repository_without_events(
     repository: Path, tmp_path: Path, commands: Commands
 ) -> None:

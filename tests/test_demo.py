@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pysnap.demo import run
+from pysnap.demo import overhead, run
 from pysnap.errors import ConfigError, Error, NotFoundError
 
 torch = pytest.importorskip("torch", reason="the model of the demo needs torch")
@@ -26,6 +27,11 @@ torch = pytest.importorskip("torch", reason="the model of the demo needs torch")
 from pysnap.demo import data, model, train  # noqa: E402  # all import torch
 
 STEPS, KILL_AT, RESUMED_FROM = 20, 13, 10
+
+
+@pytest.fixture(autouse=True)
+def no_cadence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYSNAP_EVERY", raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +49,15 @@ def settings_of_the_process() -> Iterator[None]:
 
 
 def step(number: int) -> run.Step:
-    return run.Step(number, (5.0 / number).hex(), (0.1 / number).hex(), f"batch {number}", 0.05)
+    return run.Step(
+        number, (5.0 / number).hex(), (0.1 / number).hex(), f"batch {number}", 0.05, number * 0.1
+    )
 
 
 def snapshot(number: int) -> run.Snapshot:
-    return run.Snapshot(number, 0.002, 0.3, 10_000_000, 8_000_000, f"step-{number:09d}")
+    return run.Snapshot(
+        number, 0.002, 0.3, 10_000_000, 8_000_000, f"step-{number:09d}", number * 0.1 + 0.03
+    )
 
 
 def attempt(first: int, last: int) -> run.Attempt:
@@ -214,6 +224,7 @@ def test_a_killed_child_leaves_every_line_that_it_wrote(tmp_path: Path) -> None:
         "learning_rate": "0x1p-1",
         "batch": "b",
         "seconds": 1,
+        "at": 2.5,
     }
     script = (
         "import json, os, signal\n"
@@ -263,12 +274,14 @@ def test_the_child_dies_with_the_one_who_watches_it(tmp_path: Path) -> None:
     assert processes[0].returncode == -signal.SIGKILL
 
 
-def test_the_child_does_not_inherit_a_cadence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYSNAP_EVERY", "off")
-    monkeypatch.setenv("PYSNAP_OTHER", "kept")
+def test_the_child_gets_the_cadence_of_the_user_and_no_rule_of_resuming(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYSNAP_EVERY", "1%")
+    monkeypatch.setenv("PYSNAP_RESUME", "off")
     environment = run.child_environment()
-    assert "PYSNAP_EVERY" not in environment
-    assert environment["PYSNAP_OTHER"] == "kept"
+    assert environment["PYSNAP_EVERY"] == "1%"
+    assert "PYSNAP_RESUME" not in environment
 
 
 def test_the_child_sees_a_gpu_only_where_it_trains_on_one() -> None:
@@ -286,6 +299,58 @@ def test_a_device_that_cannot_be_used_is_refused(capsys: pytest.CaptureFixture[s
 
 def make_plan_device(*argv: str) -> str:
     return run.make_plan(run.parse_arguments(list(argv))).device
+
+
+# Overhead
+
+
+def ends_of(periods: list[float]) -> list[float]:
+    return list(itertools.accumulate(periods, initial=1000.0))[1:]
+
+
+def test_overhead_is_the_stall_and_how_much_longer_steps_beside_a_snapshot_take() -> None:
+    # Steps of 0.1 s; the one behind which a snapshot is taken has its stall, three more are slow.
+    periods = [0.1] * 100
+    for taken in (20, 60):
+        periods[taken - 1] = 0.13
+        periods[taken : taken + 3] = [0.11] * 3
+    ends = ends_of(periods)
+    flights = [overhead.Flight(taken, 0.03, ends[taken + 2] - 0.01) for taken in (20, 60)]
+    found = overhead.measure(ends, flights)
+    assert found is not None
+    assert found.seconds == pytest.approx(95 * 0.1 + 2 * 0.06)
+    assert found.snapshots == 2
+    assert found.stall_share == pytest.approx(0.06 / found.seconds)
+    assert found.inflation_share == pytest.approx(0.06 / found.seconds)
+    assert found.share == pytest.approx(0.12 / found.seconds)
+    assert found.error == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_machine_that_becomes_slower_is_no_overhead() -> None:
+    periods = [0.1] * 100 + [0.2] * 100
+    ends = ends_of(periods)
+    flights = [overhead.Flight(taken, 0.0, ends[taken] - 0.01) for taken in (30, 50, 150, 170)]
+    found = overhead.measure(ends, flights)
+    assert found is not None and found.share == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_first_steps_do_not_count_and_the_error_is_that_of_the_sum() -> None:
+    periods = [5.0] * 5 + [0.1] * 95
+    periods[29], periods[69] = 0.2, 0.4
+    ends = ends_of(periods)
+    flights = [overhead.Flight(taken, 0.05, ends[taken - 1] + 0.01) for taken in (3, 30, 70)]
+    found = overhead.measure(ends, flights)
+    assert found is not None
+    assert (found.seconds, found.snapshots) == (pytest.approx(93 * 0.1 + 0.6), 2)
+    assert found.share == pytest.approx(0.4 / found.seconds)
+    # The costs are 0.1 and 0.3.
+    assert found.error == pytest.approx(0.2 / found.seconds)
+
+
+@pytest.mark.parametrize("taken", [[], list(range(1, 21))])
+def test_without_anything_to_compare_the_overhead_is_unknown(taken: list[int]) -> None:
+    ends = ends_of([0.1] * 20)
+    assert overhead.measure(ends, [overhead.Flight(step, 0.0, ends[-1]) for step in taken]) is None
 
 
 # The folder
@@ -327,7 +392,33 @@ def plan_of(*argv: str) -> run.Plan:
 def test_the_options_make_the_plan() -> None:
     assert plan_of() == run.FULL
     assert plan_of("--quick") == run.QUICK
-    assert plan_of("--steps", "41", "--every", "10m") == replace(run.FULL, steps=42, every="10m")
+    given = {"steps": 42, "every": "10m", "source": "--every"}
+    assert plan_of("--steps", "41", "--every", "10m") == replace(run.FULL, **given)
+
+
+def test_the_variable_wins_over_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYSNAP_EVERY", "1%")
+    expected = replace(run.FULL, every="1%", source="PYSNAP_EVERY")
+    assert plan_of() == plan_of("--every", "10m") == expected
+
+
+@pytest.mark.parametrize("source", ["--every", "PYSNAP_EVERY"])
+def test_what_is_no_cadence_is_refused_before_anything_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+) -> None:
+    pytest.importorskip("matplotlib", reason="the demo asks for it before it starts")
+    pytest.importorskip("rich", reason="the demo asks for it before it starts")
+    argv = ["--out", str(tmp_path / "out")]
+    if source == "--every":
+        argv += ["--every", "often"]
+    else:
+        monkeypatch.setenv("PYSNAP_EVERY", "often")
+    assert run.main(argv) == 2
+    assert f"{source} is 'often'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("argv", [["--steps", "9"], ["--steps", "many"], ["--fast"]])
@@ -372,6 +463,8 @@ def test_the_exit_status_follows_the_comparison(
     assert (tmp_path / run.PLOT).read_bytes().startswith(b"\x89PNG\r\n")
     report = json.loads((tmp_path / run.REPORT).read_bytes())
     assert report["same"] is not break_it
+    assert report["overhead"]["snapshots"] == 3
+    assert report["overhead"]["share"] == pytest.approx(0.0)
     assert (report["seed"], report["kill_at"], report["resumed_from"]) == (5, KILL_AT, RESUMED_FROM)
 
 

@@ -16,7 +16,7 @@ LAYERS: list[dict[str, set[str]]] = [
     {
         "errors": set(),
         "_version": set(),
-        "memory": set(),
+        "memory": {"errors"},
         "devices": set(),
         "reader": set(),
         "measure": set(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -279,6 +280,77 @@ os.kill(os.getpid(), signal.SIGKILL)
         check=False,
     )
     assert "capture" in {e["name"] for e in json.loads((tmp_path / "trace.json").read_text())}
+
+
+def recovered(data: bytes) -> list[dict[str, Any]]:
+    """The entries of a timeline without its end: whole lines, behind which one may be cut."""
+    first, *lines = data.split(b"\n")
+    assert first == b"["
+    entries: list[dict[str, Any]] = []
+    for number, line in enumerate(lines):
+        if line in (b"", b"]"):
+            continue
+        try:
+            entries.append(json.loads(line.removeprefix(b",")))
+        except ValueError:
+            # What stood behind it before was the end of the list.
+            assert set(b"".join(lines[number + 1 :])) <= set(b"]")
+    return entries
+
+
+def test_a_write_that_is_cut_anywhere_leaves_whole_lines_and_one_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "trace.json"
+    pwrite = os.pwrite
+    batches = [['{"a": 1}', '{"b": "]"}'], ['{"c": 3}'], ['{"d": ","}', '{"e": 5}']]
+    for broken in range(len(batches)):
+        before = [json.loads(item) for batch in batches[:broken] for item in batch]
+        new = [json.loads(item) for item in batches[broken]]
+        size = sum(len(item) + 2 for item in batches[broken]) + 2
+        for cut in range(size):
+            file = trace._List(path)
+            for batch in batches[:broken]:
+                file.extend(batch)
+            assert json.loads(path.read_bytes()) == before
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    trace._List,
+                    "_put",
+                    lambda self, data, cut=cut: pwrite(self._descriptor, data[:cut], self._end),
+                )
+                file.extend(batches[broken])
+            file.close()
+            left = recovered(path.read_bytes())
+            assert left == [*before, *new][: len(left)] and len(left) >= len(before), cut
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_what_it_wrote(tmp_path: Path) -> None:
+    code = """
+import torch, pysnap
+x = torch.zeros(10)
+with pysnap.Snapshotter("run", every=1, x=x) as snapshotter:
+    for _ in snapshotter.steps(10**9):
+        with snapshotter.step():
+            x += 1
+"""
+    path = tmp_path / "trace.json"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYSNAP_TRACE": str(path), "PYSNAP_EVERY": "1"},
+    )
+    try:
+        while process.poll() is None and (not path.exists() or path.stat().st_size < 200_000):
+            threading.Event().wait(0.01)
+        assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    entries = recovered(path.read_bytes())
+    # No line is lost before the cut one.
+    assert {"capture", "retention", "thread_name"} <= {entry["name"] for entry in entries}
+    assert len(entries) >= path.read_bytes().count(b"\n") - 3
 
 
 def test_a_forked_child_leaves_the_timeline_to_its_parent(tmp_path: Path, timeline: Path) -> None:

@@ -16,7 +16,7 @@ from support import Run
 from test_retention import run as snapshots_of
 
 import pysnap
-from pysnap import preflight, repository, snapshotter
+from pysnap import notes, preflight, repository, snapshotter
 from pysnap.cadence import Cadence
 from pysnap.capture import Size
 from pysnap.retention import Keep
@@ -110,15 +110,25 @@ def test_a_tagged_snapshot_takes_room_besides(tmp_path: Path) -> None:
     held = [repository.Snapshot(tmp_path / one.path, one.manifest) for one in taken]
     for one in held:
         (one.path / "0.pack").write_bytes(bytes(100_000))
-    arguments: Any = (1000, Keep(last=1), Cadence(), held)
+    arguments: Any = (1000, Keep(last=1), Cadence(), repository.Listing(held, []))
     plain = preflight.forecast(*arguments, {}, improvements=False)
     tagged = preflight.forecast(*arguments, {held[0].path: "tagged a"}, improvements=False)
     # Three go when the first is durable; or two go and one stays for good.
     assert plain.peak == plain.present + 1000 == tagged.peak
     many = preflight.forecast(
-        300_000, Keep(last=1), Cadence(), held, {held[0].path: "tagged a"}, improvements=False
+        300_000,
+        Keep(last=1),
+        Cadence(),
+        repository.Listing(held, []),
+        {held[0].path: "tagged a"},
+        improvements=False,
     )
     assert many.peak == 2 * 300_000 + many.present // 3 > 700_000
+    # What cannot be read is removed by no rule.
+    unread = repository.Listing(held[1:], [(held[0].path, pysnap.CorruptError("x"))])
+    assert (
+        preflight.forecast(300_000, Keep(last=1), Cadence(), unread, {}, improvements=False) == many
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +153,9 @@ def test_how_many_stay(
     keep: Keep, cadence: str, improvements: bool, kept: int, bounded: bool
 ) -> None:
     rule = Cadence.parse(cadence, "every")
-    found = preflight.forecast(1000, keep, rule, [], {}, improvements=improvements)
+    found = preflight.forecast(
+        1000, keep, rule, repository.Listing([], []), {}, improvements=improvements
+    )
     assert (found.kept, found.bounded) == (kept, bounded)
     assert found.peak == (kept + 1) * 1000
 
@@ -182,9 +194,20 @@ class Watch:
 
 
 @pytest.mark.parametrize("codec", ["none", "fast"])
+@pytest.mark.parametrize(
+    "keep",
+    [
+        Keep(last=1),
+        Keep(last=3, best=1),
+        Keep(last=2, best=2, every="8 steps", for_="16 steps"),
+        Keep(last=1, for_="6 steps"),
+    ],
+    ids=str,
+)
 def test_the_disk_never_holds_more_than_preflight_announced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: Keep, codec: str
 ) -> None:
+    """Through restarts, with tags and pins set before and meanwhile, and a damaged snapshot."""
     root = tmp_path / "run"
     announced: list[preflight.Forecast] = []
     check = preflight.check
@@ -196,16 +219,16 @@ def test_the_disk_never_holds_more_than_preflight_announced(
     monkeypatch.setattr(snapshotter.preflight, "check", noted)
     monkeypatch.setenv("PYSNAP_CHUNK_SIZE", "64KiB")
     delete, publish = repository.Repository.delete, repository.publish
-    keep = Keep(last=2, best=2, every="8 steps", for_="16 steps")
-    for stop in (14, 40):
+    for stop in (14, 28, 42):
         run = Run()
         run.model.append(torch.nn.Linear(6, 50_000))
         run.optimizer.add_param_group({"params": run.model[-1].parameters()})
         watch = Watch(root)
+        marked: list[str] = []
 
-        def deleted(self: repository.Repository, path: Path, watch: Watch = watch) -> None:
+        def deleted(self: repository.Repository, path: Path, watch: Watch = watch) -> bool:
             watch.look()
-            delete(self, path)
+            return delete(self, path)
 
         def published(*arguments: Any, watch: Watch = watch) -> repository.Snapshot:
             snapshot = publish(*arguments)
@@ -215,24 +238,43 @@ def test_the_disk_never_holds_more_than_preflight_announced(
         monkeypatch.setattr(repository.Repository, "delete", deleted)
         monkeypatch.setattr(repository, "publish", published)
         parts = {"model": run.model, "optimizer": run.optimizer}
+        best = "min loss" if keep.best else None
         with (
             watch,
             pysnap.Snapshotter(
-                root, **parts, every="2 steps", keep=keep, best="min loss", codec=codec
+                root, **parts, every="2 steps", keep=keep, best=best, codec=codec
             ) as training,
         ):
             training.resume()
+
+            def within(
+                training: Any = training, watch: Watch = watch, marked: list[str] = marked
+            ) -> None:
+                """Now, and at whatever moment since the last call."""
+                training._committer.wait_idle()
+                watch.look()
+                now = announced[-1]
+                assert watch.peak <= now.peak + len(marked) * now.snapshot
+
             for step in training.steps(stop):
                 with training.step():
                     run.optimizer.zero_grad()
                     run.model(torch.randn(4, 6)).square().mean().backward()
                     run.optimizer.step()
                 training.report(loss=float(step * 7 % 11))
-                training._committer.wait_idle()
+                within()
+                if step % 14 == 5:
+                    marked.append(f"at-{step}")  # before, for it takes room before it is durable
+                    training.save(tag=marked).wait()
+                    within()
+            within()
         assert announced[-1].bounded
-        assert watch.peak <= announced[-1].peak
         # The promise is no empty one: more than a third of it is used.
         assert codec == "fast" or watch.peak > 0.34 * announced[-1].peak
+        paths = sorted(root.glob("step-*"))
+        notes.pin(paths[0])
+        if stop == 14:
+            (paths[-1] / "manifest.json").write_bytes(b"{")
     one = max(
         sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in root.glob("step-*")
     )
@@ -268,6 +310,43 @@ def test_a_state_larger_than_staging_is_told(
     pysnap.Snapshotter(tmp_path, values=values(20), host_memory="8MiB").close()
     (told,) = warnings_of(caplog)
     assert "waits for the disk" in told and "8.39 MB" in told
+
+
+def test_the_time_that_a_step_waits_is_that_of_what_staging_does_not_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    moments = iter([100.0, 108.0])
+    monkeypatch.setattr(preflight.time, "monotonic", lambda: next(moments))
+    opened = repository.Repository(tmp_path)
+    preflight.check(
+        opened,
+        Size(stream=4000, disk=4000, staging=1000),
+        Keep(),
+        Cadence(),
+        encodes=False,
+        improvements=False,
+        free_memory=10**9,
+        metadata=0,
+    )
+    opened.close()
+    (told,) = warnings_of(caplog)
+    assert "about 6s" in told
+
+
+def test_a_large_configuration_is_part_of_every_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced: list[preflight.Forecast] = []
+    check = preflight.check
+    monkeypatch.setattr(
+        snapshotter.preflight, "check", lambda *a, **named: announced.append(check(*a, **named))
+    )
+    config = {str(number): "x" * 1000 for number in range(300)}
+    with pysnap.Snapshotter(tmp_path, x=torch.zeros(9), config=config, codec="none") as training:
+        training.save().wait()
+    (path,) = tmp_path.glob("step-*")
+    taken = sum(file.stat().st_blocks * 512 for file in path.iterdir())
+    assert 300_000 < taken <= announced[0].snapshot < taken + 100_000
 
 
 def test_a_fresh_optimizer_counts_with_the_state_it_will_have(
@@ -361,6 +440,8 @@ MOUNTS = """\
 30 22 0:26 / /home rw - nfs4 server:/home rw
 31 30 254:1 / /home/me/with\\040blank rw - xfs /dev/vdb rw
 32 22 0:30 / /dev/shm rw - tmpfs tmpfs rw
+33 22 0:31 / /over rw - ext4 /dev/vdc rw
+34 33 0:32 / /over rw - nfs4 server:/over rw
 """
 
 
@@ -369,6 +450,7 @@ MOUNTS = """\
     [
         ("/data/run", "ext4"),
         ("/home/me/run", "nfs4"),
+        ("/over/run", "nfs4"),  # what was mounted last lies above
         ("/homes/run", "ext4"),
         ("/home/me/with blank/run", "xfs"),
         ("/dev/shm", "tmpfs"),

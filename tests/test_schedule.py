@@ -17,7 +17,7 @@ import pysnap
 from pysnap import repository, snapshotter
 from pysnap.best import Best
 from pysnap.cadence import Cadence
-from pysnap.measure import shown_seconds
+from pysnap.measure import Amount, parse_seconds, shown_seconds, shown_size
 from pysnap.repository import Snapshot
 from pysnap.retention import Keep, plan
 from pysnap.schedule import Costs, Schedule
@@ -212,11 +212,34 @@ def test_a_validation_between_steps_is_no_cost_of_the_snapshot_beside_it() -> No
         for _ in range(5000):
             if training.one_step():
                 # Less than ten steps, which only a loop that tells it can be known by.
-                training.now += 0.7 if training is told else 30.0
+                training.now += 0.7 if training is told else 3.0
                 if training is told:
                     training.schedule.pause()
     assert told.schedule.interval == pytest.approx(10 / 0.9, rel=0.03)
     assert untold.schedule.interval == pytest.approx(10 / 0.9, rel=0.03)
+
+
+def test_a_few_pauses_are_pauses_and_eight_in_a_row_are_longer_steps() -> None:
+    costs = Costs()
+    for _ in range(5 + 10):
+        costs.step(0.1, in_flight=False)
+    assert costs.ready
+    for _ in range(3):
+        for _ in range(7):
+            costs.step(1.1, in_flight=False)
+        assert costs.ready
+        costs.step(0.1, in_flight=False)
+    for _ in range(7):
+        costs.step(1.1, in_flight=False)
+    assert costs.ready
+    costs.step(1.1, in_flight=False)
+    assert not costs.ready
+    for _ in range(9):
+        costs.step(1.1, in_flight=False)
+    assert costs.ready
+    costs.step(1.4, in_flight=True)
+    costs.snapshot(stall=0.2, durable=1.0)
+    assert costs.each == pytest.approx(0.5)
 
 
 def test_steps_that_become_longer_are_the_new_usual() -> None:
@@ -269,6 +292,7 @@ def test_a_change_is_told_when_it_is_notable(caplog: pytest.LogCaptureFixture) -
     lines = [one.getMessage() for one in caplog.records]
     assert "a snapshot every 11s from now on: one costs 0.1s of training" in lines[0]
     assert 2 <= len(lines) <= 4
+    assert {one.levelno for one in caplog.records} == {logging.INFO}
 
 
 # What is a cost
@@ -415,6 +439,15 @@ def test_auto_is_never_shorter_than_the_time_until_one_is_durable() -> None:
     training.run(3000)
     assert min(training.intervals()) >= 30
     assert training.late == 0
+
+
+@pytest.mark.parametrize(("mtbf", "interval"), [(6 * 3600.0, 1 / 0.009), (600.0, 1200**0.5)])
+def test_of_a_share_and_the_least_loss_the_shorter_interval_counts(
+    mtbf: float, interval: float
+) -> None:
+    training = Training("1%, auto", step=steady(0.1), cost=lambda _: Cost(1.0, 1.0, 1.0), mtbf=mtbf)
+    training.run(1000)
+    assert training.intervals()[-1] == pytest.approx(interval, abs=0.3)
 
 
 def test_whichever_comes_first() -> None:
@@ -640,3 +673,29 @@ def test_a_validation_that_the_snapshotter_can_know_of_is_no_step(
             now[0] += 1.0
         assert set(training._schedule._costs._plain) == {1.0}
         assert set(training._schedule._costs._costs) == {0.0}
+
+
+# Amounts
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.3123, "0.31s"), (47.4, "47s"), (150.0, "150s"), (200.0, "3.3m"), (5400.0, "90m")],
+)
+def test_durations_are_shown_in_few_digits(seconds: float, shown: str) -> None:
+    assert shown_seconds(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(312, "312 B"), (999.7, "1 kB"), (4.72e6, "4.72 MB"), (123.4e9, "123 GB"), (5e15, "5000 TB")],
+)
+def test_sizes_are_shown_in_few_digits(size: float, shown: str) -> None:
+    assert shown_size(size) == shown
+
+
+def test_a_bare_number_is_seconds_for_a_time_and_steps_for_an_amount() -> None:
+    assert parse_seconds("30") == 30 and parse_seconds("1.5m") == 90
+    assert Amount.parse("30") == Amount("steps", 30)
+    with pytest.raises(ValueError, match="expected an amount"):
+        Amount.parse(True)

@@ -29,7 +29,7 @@ COMMANDS = {
     "export": ("export", "write the tensors as safetensors or for torch.load"),
     "doctor": ("doctor", "what pysnap finds on this machine, and what it would do here"),
     "watch": ("watch", "follow a running repository"),
-    "report": ("report", "the history of a run as one HTML file"),
+    "report": ("report", "the history of a run as one HTML file, or its plots as a PNG"),
     "demo": ("demo", "train, kill, resume, and compare bit for bit"),
 }
 

@@ -32,14 +32,16 @@ class Word:
 
 
 def snapshot(text: str) -> Snapshot:
-    """The snapshot that `text` names. Raises ConfigError, NotFoundError, CorruptError and what
-    reading raises."""
+    """The snapshot that `text` names; where it is the newest, damaged ones are passed over with a
+    warning. Raises ConfigError, NotFoundError, CorruptError and what reading raises."""
     word = Word.parse(text)
     if is_snapshot(word.path):
         if word.rule is not None:
             raise ConfigError(f"{word.path} is one snapshot already; leave @{word.rule} out")
         return Snapshot.open(word.path)
     listing = list_snapshots(word.path)
+    if word.rule in (None, "newest") and listing.snapshots:
+        listing.tell_damaged()
     found = _found(word, listing)
     if found:
         return found[0]

@@ -20,11 +20,11 @@ REFUSED = 5
 
 HELP = """exit status
   0  fine
-  1  no: something is damaged, differs, or does not work
+  1  no: something is damaged, of a newer format, differs, or does not work
   2  the command line or a setting is wrong
   3  there is no such repository, snapshot, tag or tensor
   4  another process writes to the repository
-  5  the system refused: no permission, no space, no such library"""
+  5  the system refused: no permission, no space, no memory, no such library"""
 
 
 def of(error: Error) -> int:

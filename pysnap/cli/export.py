@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pysnap import paths, storage
-from pysnap.cli import choose, exits
+from pysnap.cli import choose, exits, safetensors
 from pysnap.cli.output import Output, size
 from pysnap.errors import ConfigError, Error, NotFoundError, StorageError
 from pysnap.repository import Snapshot
@@ -26,8 +26,9 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--only", metavar="PART", help="only this part, such as `model`")
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
     parser.description = (
-        "Write the tensors of a snapshot as one file: by name for .safetensors; for .pt and .pth "
-        "the nested state, for torch.load. With --only PART, names begin behind PART."
+        "Write the tensors of a snapshot as one file: by name for .safetensors, one in memory at a "
+        "time; for .pt and .pth the nested state, for torch.load, which is in memory as a whole. "
+        "With --only PART, names begin behind PART."
     )
 
 
@@ -58,24 +59,16 @@ def run(arguments: Namespace, output: Output) -> int:
 
 
 def _safetensors(snapshot: Snapshot, part: str | None, target: Path) -> int:
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise ConfigError(
-            f"{target} needs the package safetensors: pip install safetensors; or export to .pt"
-        ) from None
-    tensors: dict[str, torch.Tensor] = {}
-    for name, entry in View(snapshot).items():
-        if part is None or paths.covers(part, name):
-            value = entry[...]
-            # Each name has memory of its own: the format knows no tied weights.
-            tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(value.copy())
-            tensors[_behind(part, name)] = tensor.contiguous()
-    if not tensors:
+    entries = {
+        _behind(part, name): entry
+        for name, entry in View(snapshot).items()
+        if part is None or paths.covers(part, name)
+    }
+    if not entries:
         raise NotFoundError(f'{snapshot.path} holds no tensor under "{part}"')
     about = {"step": str(snapshot.step), "pysnap": snapshot.manifest.id}
-    _replace(target, lambda path: save_file(tensors, path, metadata=about))
-    return len(tensors)
+    _replace(target, lambda path: safetensors.write(path, entries, about))
+    return len(entries)
 
 
 def _torch(snapshot: Snapshot, part: str | None, target: Path) -> int:
@@ -114,7 +107,7 @@ def _replace(target: Path, write: Any) -> None:
     except OSError as error:
         raise StorageError.wrap(error, f"writing {target}", target) from error
     except Exception as error:
-        # torch and safetensors have errors of their own.
+        # torch has errors of its own.
         raise StorageError(5, f"writing {target} failed: {error}", str(target)) from error
     finally:
         with contextlib.suppress(OSError):

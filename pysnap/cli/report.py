@@ -1,12 +1,15 @@
-"""`pysnap report`: the history of a run as one HTML file that needs nothing beside it."""
+"""`pysnap report`: the history of a run as one HTML file that needs nothing beside it, or its plots
+as one PNG."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import html
+import io
 import os
 import uuid
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,12 +18,17 @@ from pysnap import storage
 from pysnap.cli import exits
 from pysnap.cli.history import Event, History, finite
 from pysnap.cli.output import Output, number, seconds, size
-from pysnap.errors import ConfigError, StorageError, printable
+from pysnap.errors import ConfigError, NotFoundError, StorageError, printable
 
 _WIDTH, _HEIGHT = 720, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 16, 12, 28
 # More points than there are pixels show nothing more.
 _MOST_POINTS = 2000
+_FEW_POINTS = 79
+"""So many are marked one by one."""
+_COLOR = "#1668b8"
+_DPI = 80
+_LONGEST_TITLE = 100
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
@@ -37,18 +45,21 @@ Points = Sequence[tuple[float, float]]
 
 def configure(parser: ArgumentParser) -> None:
     parser.add_argument("path", metavar="REPO")
-    parser.add_argument("target", metavar="FILE", help="`.html`")
+    parser.add_argument("target", metavar="FILE", help="`.html`, or `.png` for the plots alone")
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
 
 
 def run(arguments: Namespace, output: Output) -> int:
     target = Path(arguments.target)
-    if target.suffix not in (".html", ".htm"):
-        raise ConfigError(f"{target} must end in .html")
+    if target.suffix not in (".html", ".htm", ".png"):
+        raise ConfigError(f"{target} must end in .html, or in .png for the plots alone")
     if storage.exists(target) and not arguments.force:
         raise ConfigError(f"{target} exists; choose another name, or replace it by --force")
     history = History.read(Path(arguments.path))
-    data = page(history).encode("utf-8", "backslashreplace")
+    if target.suffix == ".png":
+        data = picture(history, target)
+    else:
+        data = page(history).encode("utf-8", "backslashreplace")
     temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
         storage.write_file(temporary, data)
@@ -85,6 +96,40 @@ def page(history: History) -> str:
     )
 
 
+def picture(history: History, target: Path) -> bytes:
+    """The plots of the report as PNG. Raises ConfigError without matplotlib, and NotFoundError
+    where there is nothing to plot."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            f"{target} needs matplotlib: pip install 'pysnap[cli]'; or write a .html"
+        ) from None
+    series = [(title, points) for title, points in _series(history) if points]
+    if not series:
+        raise NotFoundError(f"{history.root} has nothing to plot: it holds no snapshot")
+    width, height = _WIDTH / _DPI, _HEIGHT / _DPI
+    figure = Figure(figsize=(width, height * len(series)), dpi=2 * _DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, points) in zip(
+        figure.subplots(len(series), squeeze=False)[:, 0], series, strict=True
+    ):
+        points = _thinned(points)
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=_COLOR, linewidth=1.2, marker="." if len(x) <= _FEW_POINTS else "")
+        # A name may hold what would be taken for mathematics.
+        axes.set_title(printable(title, _LONGEST_TITLE), loc="left", parse_math=False)
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+    data = io.BytesIO()
+    with warnings.catch_warnings():
+        # A name may hold characters that no font here has.
+        warnings.simplefilter("ignore")
+        figure.savefig(data, format="png")
+    return data.getvalue()
+
+
 def _summary(history: History) -> Iterator[str]:
     snapshots = history.listing.snapshots
     stored = size(sum(snapshot.manifest.stored for snapshot in snapshots))
@@ -101,16 +146,25 @@ def _summary(history: History) -> Iterator[str]:
 
 
 def _charts(history: History) -> Iterator[str]:
-    for name, points in history.metrics().items():
-        yield from _chart(name, points)
-    yield from _chart("stall per snapshot, ms", history.series("snapshot", "stall_seconds", 1e3))
-    yield from _chart("time to durable, s", history.series("snapshot", "durable_seconds"))
+    for title, points in _series(history):
+        yield from _chart(title, points)
+
+
+def _series(history: History) -> Iterator[tuple[str, Points]]:
+    """What is plotted over steps, each under its title; a series may be empty."""
+    yield from history.metrics().items()
+    yield "stall per snapshot, ms", history.series("snapshot", "stall_seconds", 1e3)
+    yield "time to durable, s", history.series("snapshot", "durable_seconds")
     sizes = history.series("snapshot", "stored_bytes", 1e-6)
     if not sizes:
         sizes = sorted(
             (float(item.step), item.manifest.stored / 1e6) for item in history.listing.snapshots
         )
-    yield from _chart("size on disk, MB", sizes)
+    yield "size on disk, MB", sizes
+
+
+def _thinned(points: Points) -> Points:
+    return points[:: -(-len(points) // _MOST_POINTS)]
 
 
 def _snapshots(history: History) -> Iterator[str]:
@@ -191,7 +245,7 @@ def _chart(title: str, points: Points) -> Iterator[str]:
     """Values over steps as inline SVG."""
     if not points:
         return
-    points = points[:: -(-len(points) // _MOST_POINTS)]
+    points = _thinned(points)
     left, right = min(x for x, _ in points), max(x for x, _ in points)
     low, high = min(y for _, y in points), max(y for _, y in points)
     across, up = (right - left) or 1.0, (high - low) or 1.0
@@ -214,10 +268,11 @@ def _chart(title: str, points: Points) -> Iterator[str]:
         x, _ = place(value, low)
         yield f'<text x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="{anchor}">step {value:.0f}</text>'
     drawn = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
-    yield f'<polyline points="{drawn}" fill="none" stroke="#1668b8" stroke-width="1.6"/>'
-    if len(points) <= width // 8:
+    yield f'<polyline points="{drawn}" fill="none" stroke="{_COLOR}" stroke-width="1.6"/>'
+    if len(points) <= _FEW_POINTS:
         for x, y in points:
-            yield '<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="#1668b8"/>'.format(*place(x, y))
+            at, up_at = place(x, y)
+            yield f'<circle cx="{at:.1f}" cy="{up_at:.1f}" r="2.5" fill="{_COLOR}"/>'
     yield "</svg>"
 
 

@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pysnap.cadence import Cadence
+from pysnap.demo import overhead
 from pysnap.errors import ConfigError, Error
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ class Plan:
 
     steps: int
     every: str
+    source: str = "default"
+    """Where `every` came from."""
     layers: int
     width: int
     batch_size: int = 4
@@ -85,6 +89,8 @@ class Step:
     learning_rate: str
     batch: str
     seconds: float
+    at: float
+    """When it ended, by the clock of its process."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,8 @@ class Snapshot:
     raw_bytes: int
     stored_bytes: int
     name: str
+    at: float
+    """When it was durable, by the clock of its process."""
 
 
 @dataclass
@@ -133,6 +141,16 @@ class Attempt:
         busy = {snapshot.step for snapshot in self.snapshots}
         plain = [step.seconds for step in self.steps if step.step not in busy]
         return statistics.median(plain) if plain else 0.0
+
+    def overhead(self) -> overhead.Overhead | None:
+        """What the snapshots of a process that began at step 0 cost it."""
+        return overhead.measure(
+            [step.at for step in self.steps],
+            [
+                overhead.Flight(snapshot.step, snapshot.stall_seconds, snapshot.at)
+                for snapshot in self.snapshots
+            ],
+        )
 
 
 class LogReader:
@@ -196,8 +214,8 @@ def run_attempt(
 
 
 def child_environment(device: str = "cpu") -> dict[str, str]:
-    """This process's environment, less what would change the arithmetic or the cadence."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYSNAP_EVERY"}
+    """This process's environment, less what would change the arithmetic or the resume."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYSNAP_RESUME"}
     threads = str(THREADS)
     environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     # A math library that picks its number of threads by load would change the order of its sums.
@@ -235,7 +253,7 @@ def choose_kill(
             return chance.choice(candidates)
     raise ConfigError(
         f"no snapshot was taken early enough to be resumed from within {steps} steps: choose a "
-        f"shorter --every or more --steps"
+        f"shorter --every (or PYSNAP_EVERY, where it is set) or more --steps"
     )
 
 
@@ -457,11 +475,10 @@ def print_report(console: Console, story: Story, rows: Sequence[Row]) -> None:
     add("size stored", stored, megabytes)
     console.print(table)
 
-    total = sum(each.seconds for each in story.uninterrupted.steps)
+    print_overhead(console, story.uninterrupted)
     console.print(
-        f"{len(snapshots)} snapshots stalled {total:.1f} s of training by "
-        f"{percent(sum(stalls), total)}; killed after step {story.kill_at}, resumed from step "
-        f"{story.resumed.start_step} in {milliseconds(story.resumed.start['resume_seconds'])}."
+        f"Killed after step {story.kill_at}, resumed from step {story.resumed.start_step} in "
+        f"{milliseconds(story.resumed.start['resume_seconds'])}."
     )
     if any(row.differences for row in rows):
         console.print("[bold red]DIFFERENT[/]: the resumed run is not the run that was not killed.")
@@ -472,6 +489,27 @@ def print_report(console: Console, story: Story, rows: Sequence[Row]) -> None:
         console.print(
             "[bold green]THE SAME[/]: the resumed run is bit for bit the run that was never killed."
         )
+
+
+def print_overhead(console: Console, attempt: Attempt) -> None:
+    """What the snapshots cost, as shares of the training time."""
+    from rich.table import Table
+
+    found = attempt.overhead()
+    if found is None:
+        console.print("Overhead unknown: no steps with and without a snapshot to compare.")
+        return
+    table = Table(
+        title=f"Overhead of {found.snapshots} snapshots in {found.seconds:.1f} s of training",
+        title_justify="left",
+    )
+    table.add_column("cost")
+    table.add_column("share of training", justify="right")
+    table.add_row("training stood still", f"{found.stall_share:.2%}")
+    table.add_row("steps beside a snapshot took longer", f"{found.inflation_share:.2%}")
+    error = "" if found.error is None else f" ± {found.error:.2%}"
+    table.add_row("together", f"{found.share:.2%}{error}")
+    console.print(table)
 
 
 def percent(part: float, whole: float) -> str:
@@ -571,9 +609,15 @@ def write_report(path: Path, story: Story, rows: Sequence[Row], *, seed: int) ->
         "resume_seconds": story.resumed.start["resume_seconds"],
         "step_seconds": story.uninterrupted.plain_step_seconds(),
         "compared": [asdict(row) for row in rows],
+        "overhead": overhead_report(story.uninterrupted),
         "snapshots": [asdict(snapshot) for snapshot in story.uninterrupted.snapshots],
     }
     path.write_text(json.dumps(report, indent=1))
+
+
+def overhead_report(attempt: Attempt) -> dict[str, Any] | None:
+    found = attempt.overhead()
+    return None if found is None else asdict(found) | {"share": found.share}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -581,7 +625,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pysnap demo",
         description="Trains a small GPT, kills it, resumes it, and compares every bit with a run "
-        "that was never killed. Exit status: 0 the same, 1 different or failed, 2 cannot start.",
+        "that was never killed. PYSNAP_EVERY, where it is set, wins over --every. "
+        "Exit status: 0 the same, 1 different or failed, 2 cannot start.",
     )
     parser.add_argument("--quick", action="store_true", help="a smaller model, about 30 seconds")
     parser.add_argument("--steps", type=int, help=f"steps of training (default {FULL.steps})")
@@ -596,12 +641,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
-    """The plan that the options ask for; the steps are rounded up to whole epochs."""
+    """The plan that the options, and `PYSNAP_EVERY`, ask for; the steps are rounded up to whole
+    epochs. Raises ConfigError for what is no cadence."""
     base = QUICK if options.quick else FULL
     steps = base.steps if options.steps is None else options.steps
+    every, source = base.every, "default"
+    for given, name in (
+        (options.every, "--every"),
+        (os.environ.get("PYSNAP_EVERY"), "PYSNAP_EVERY"),
+    ):
+        if given is not None:
+            every, source = given, name
+            Cadence.parse(every, source)
     return Plan(
         steps=-(-steps // EPOCHS) * EPOCHS,
-        every=options.every or base.every,
+        every=every,
+        source=source,
         layers=base.layers,
         width=base.width,
         device=options.device,
@@ -635,7 +690,6 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    plan = make_plan(options)
     seed = int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed
     out = options.out.absolute()
     console = Console(highlight=False)
@@ -647,10 +701,12 @@ def main(argv: list[str]) -> int:
         TextColumn("{task.fields[detail]}"),
     )
     try:
+        plan = make_plan(options)
         prepare_folder(out)
         console.print(
             f"A GPT of {plan.layers} layers x {plan.width} learns Python's standard library: "
-            f"{EPOCHS} epochs of {plan.steps_per_epoch} steps, cadence {plan.every!r}, seed {seed}."
+            f"{EPOCHS} epochs of {plan.steps_per_epoch} steps, cadence {plan.every!r} (from "
+            f"{plan.source}), seed {seed}."
         )
         with Progress(*columns, console=console) as progress:
             story = tell_story(

@@ -190,6 +190,7 @@ def train(options: argparse.Namespace) -> None:
             raw_bytes=info.raw_bytes,
             stored_bytes=info.stored_bytes,
             name=info.path.name,
+            at=time.perf_counter(),
         )
         any_durable.set()
 
@@ -221,7 +222,7 @@ def train(options: argparse.Namespace) -> None:
                 began = time.perf_counter()
                 with snapshotter.step():
                     loss = train_step(model, optimizer, scheduler, batch)
-                seconds = time.perf_counter() - began
+                ended = time.perf_counter()
                 step += 1
                 log.add(
                     "step",
@@ -229,7 +230,8 @@ def train(options: argparse.Namespace) -> None:
                     loss=loss.hex(),
                     learning_rate=float(learning_rate).hex(),
                     batch=tensor_digest(batch),
-                    seconds=seconds,
+                    seconds=ended - began,
+                    at=ended,
                 )
                 if step == options.kill_at:
                     # On a very slow disk nothing may be durable yet, and there would be no resume.
