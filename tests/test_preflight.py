@@ -450,7 +450,6 @@ MOUNTS = """\
     [
         ("/data/run", "ext4"),
         ("/home/me/run", "nfs4"),
-        ("/over/run", "nfs4"),  # what was mounted last lies above
         ("/homes/run", "ext4"),
         ("/home/me/with blank/run", "xfs"),
         ("/dev/shm", "tmpfs"),
@@ -459,6 +458,10 @@ MOUNTS = """\
 def test_the_file_system_of_a_path(path: str, kind: str) -> None:
     for mounts in (MOUNTS, "\n".join(reversed(MOUNTS.splitlines()))):
         assert preflight.file_system(Path(path), mounts) == kind
+
+
+def test_of_two_file_systems_at_one_place_the_one_that_was_mounted_last_is_seen() -> None:
+    assert preflight.file_system(Path("/over/run"), MOUNTS) == "nfs4"
 
 
 @pytest.mark.parametrize(("kind", "words"), [("nfs4", "network"), ("tmpfs", "in memory")])

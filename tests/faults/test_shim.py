@@ -73,6 +73,7 @@ _NO_FILES = {
     "os.fspath",
     "os.getpid",
     "os.register_at_fork",
+    "os.strerror",
     "os.uname",
 }
 # Modules that make the repository's files; others read other places, such as /proc.
