@@ -260,8 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if cut is not None:
             console.print(cut, style="yellow", highlight=False)
         facts = machine.facts(directory)
-        todo = points(sizes, QUICK_TENSORS if options.quick else TENSORS, repeats, room)
-        for job, result in jobs.run_all(todo, directory, console):
+        planned = points(sizes, QUICK_TENSORS if options.quick else TENSORS, repeats, room)
+        for job, result in jobs.run_all(planned, directory, console):
             if result is None:
                 failed = True
             else:

@@ -105,7 +105,7 @@ def figures(results: Results, results_file: Path, readme: Path = README) -> str:
     if results["note"]:
         lines += ["", results["note"]]
     if skipped:
-        lines += ["", f"Not installed where this was measured: {', '.join(skipped)}."]
+        lines += ["", f"Not installed where this was measured: {'; '.join(skipped)}."]
     lines += [
         "",
         f"![saving and restoring, as bars]({saving})",

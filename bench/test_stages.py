@@ -590,6 +590,6 @@ def test_manifest_floor_json(benchmark: BenchmarkFixture, manifest: Manifest, wa
         assert benchmark(lambda: json.loads(data)) == content
 
 
-def _verify(path: Path, size: int, chunks: Any) -> list[tuple[int, str]]:
+def _verify(path: Path, size: int, chunks: Any) -> list[tuple[int, str, int]]:
     assert os.path.getsize(path) == size
     return _engine.verify(packs=[(str(path), size)], chunks=chunks, threads=THREADS, zstd=ZSTD)

@@ -14,6 +14,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -398,12 +399,12 @@ PYBIND11_MODULE(_engine, module) {
         const std::vector<PackFile> files = to_packs(packs);
         const std::vector<StoredChunk> table = to_chunks(chunks);
         bool interrupted = false;
-        std::vector<std::pair<std::size_t, std::string>> found;
+        std::vector<std::tuple<std::size_t, std::string, int>> found;
         {
           py::gil_scoped_release release;
           auto poll = [&] { return interrupted = signal_pending(); };
           for (const Damage& damage : verify(files, table, threads, open_zstd(zstd), poll))
-            found.emplace_back(damage.chunk, damage.what);
+            found.emplace_back(damage.chunk, damage.what, damage.error_number);
         }
         if (interrupted) throw py::error_already_set();
         return found;

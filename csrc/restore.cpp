@@ -423,7 +423,7 @@ std::vector<Damage> verify(const std::vector<PackFile>& packs,
         } catch (const Error& error) {
           if (error.kind() == ErrorKind::kInvalid) throw;
           std::lock_guard<std::mutex> lock(mutex);
-          damages.push_back({i, error.what()});
+          damages.push_back({i, error.what(), error.error_number()});
         }
         return true;
       },

@@ -29,10 +29,11 @@ struct Target {
   DeviceIndex device;
 };
 
-// A chunk that could not be read, and why.
+// A chunk that could not be read, and why; the errno where the system refused, else 0.
 struct Damage {
   std::size_t chunk;
   std::string what;
+  int error_number;
 };
 
 // Reads the chunks that hold bytes of a target, checks each against its digest, and only then

@@ -105,7 +105,8 @@ def verify(
     chunks: NDArray[np.void],
     threads: int,
     zstd: Sequence[str],
-) -> list[tuple[int, str]]: ...
+) -> list[tuple[int, str, int]]:
+    """Each damaged chunk, what is wrong, and the errno where the system refused, else 0."""
 
 class Coder:
     """The encoder and decoder of one thread, for benchmarks and tests."""

@@ -192,7 +192,8 @@ def tensor_places(
 
 
 class _ReadPlaces:
-    """Read from the tensors by the engine: a hundred thousand take some milliseconds."""
+    """Read from the tensors by the engine, in one pass. A negated view that is none of an imaginary
+    part, which only private functions of torch make, is taken for what its bytes are."""
 
     def __init__(self, tensors: list[torch.Tensor], exchange: object) -> None:
         self._places = _engine.TensorPlaces(exchange, tensors)

@@ -244,8 +244,6 @@ def is_unicode(text: str) -> bool:
 
 def tag_of(node: dict[str, Json]) -> str | None:
     """The tag of `node`, or None if it is a dict in its plain form."""
-    if len(node) == 1 and "$tensor" in node:
-        return "$tensor"
     tag = None
     for key in node:
         if type(key) is not str or not is_unicode(key):

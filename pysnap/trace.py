@@ -4,8 +4,8 @@
         ...
 
 Off, as it is unless `PYSNAP_TRACE` names a file, a span costs one call. The file is in Chrome's
-trace event format, complete after each snapshot; one that a process leaves that was killed in the
-middle of a write ends with a line that is cut, which both pass over.
+trace event format, complete after each snapshot. A process that is killed in the middle of a write
+leaves whole lines and at most a last one that is cut; the format asks for no end of the list.
 """
 
 from __future__ import annotations

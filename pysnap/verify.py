@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -192,22 +191,16 @@ def _damages(
         except Error as error:
             # No damage: libzstd is missing.
             raise Error(f"{snapshot.path} cannot be verified: {error}") from error
-        for index, what in found:
-            _raise_if_the_system_said_it(what, snapshot)
+        for index, what, number in found:
+            refusal = StorageError(number, what, str(snapshot.path))
+            if refusal.says_nothing:
+                raise refusal
             chunk = first + index
             start = ends[chunk - 1] if chunk else 0
             damages.setdefault(what, []).append((start, ends[chunk]))
         if progress is not None:
             progress(int(chunks["stored"][first:last].sum(dtype=np.int64)))
     return damages
-
-
-def _raise_if_the_system_said_it(what: str, snapshot: Snapshot) -> None:
-    """The engine tells damage as sentences, and among them what the system refused to it."""
-    for number in errno.errorcode:
-        error = StorageError(number, what, str(snapshot.path))
-        if error.says_nothing and what.endswith(f" failed: {os.strerror(number)}"):
-            raise error
 
 
 def _batches(ends: list[int]) -> Iterator[tuple[int, int]]:

@@ -17,20 +17,21 @@ for _name in ("matplotlib", "psutil", "rich", "safetensors"):
     pytest.importorskip(_name)
 
 ROOT = Path(__file__).parent.parent
+# Its modules are no package: they are imported as its programs do.
 sys.path.insert(0, str(ROOT / "bench"))
 
-import bench_scaling  # noqa: E402
-import bench_snapshot  # noqa: E402
-import jobs  # noqa: E402
-import peers  # noqa: E402
-import readme  # noqa: E402
-import report  # noqa: E402
-import scaling  # noqa: E402
-import torch  # noqa: E402
-from floors import Buffer, WriteFloor, write_and_sync  # noqa: E402
-from growth import exponent, per_decade  # noqa: E402
-from peers.plain_files import flat_tensors  # noqa: E402
-from rich.console import Console  # noqa: E402
+import bench_scaling
+import bench_snapshot
+import jobs
+import peers
+import readme
+import report
+import scaling
+import torch
+from floors import Buffer, WriteFloor, write_and_sync
+from growth import exponent, per_decade
+from peers.plain_files import flat_tensors
+from rich.console import Console
 
 STATE_BYTES = 1000
 

@@ -224,10 +224,10 @@ def test_verify_tells_what_the_engine_lacked_from_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Commands, number: int
 ) -> None:
     root = make_repository(tmp_path / "runs")
-    what = f"opening {root}/x failed: {os.strerror(number)}"
+    what = f"opening {root}/x failed"
 
-    def refused(**_: Any) -> list[tuple[int, str]]:
-        return [(0, what)]
+    def refused(**_: Any) -> list[tuple[int, str, int]]:
+        return [(0, what, number)]
 
     monkeypatch.setattr(_engine, "verify", refused)
     for path in (root, newest_of_step(root, 2)):
@@ -241,7 +241,7 @@ def test_verify_without_memory_or_libzstd_is_refused_and_calls_nothing_damaged(
 ) -> None:
     root = make_repository(tmp_path / "runs")
 
-    def refused(**_: Any) -> list[tuple[int, str]]:
+    def refused(**_: Any) -> list[tuple[int, str, int]]:
         raise error
 
     monkeypatch.setattr(_engine, "verify", refused)

@@ -115,15 +115,22 @@ def stored(path: Path) -> dict[str, Any]:
     }
 
 
-def take(program: Program, disk: Disk) -> dict[str, Any]:
-    """A snapshot that is due at the end of a step, and cannot be copied but for two chunks; the
-    state at its moment."""
+def train_beside(program: Program, disk: Disk) -> dict[str, Any]:
+    """A step at the end of which a snapshot is due, while the disk takes nothing; the state at its
+    moment."""
     disk.hold()
     with program.snapshotter.step():
         program.train()
+    return program.state()
+
+
+def take(program: Program, disk: Disk) -> dict[str, Any]:
+    """A snapshot that is due at the end of a step, and cannot be copied but for two chunks; the
+    state at its moment."""
+    state = train_beside(program, disk)
     newest = program.snapshotter._committer.newest
     assert newest is not None and not newest.wait_staged(0)
-    return program.state()
+    return state
 
 
 def releases_at_the_gate(program: Program, disk: Disk) -> list[str]:
@@ -457,10 +464,7 @@ def test_what_changes_behind_the_copy_does_not_matter(
 ) -> None:
     monkeypatch.setenv("PYSNAP_HOST_MEMORY", "8MiB")
     program = Program(tmp_path, every=1)
-    disk.hold()
-    with program.snapshotter.step():
-        program.train()
-    expected = program.state()
+    expected = train_beside(program, disk)
     newest = program.snapshotter._committer.newest
     assert newest is not None and newest.wait_staged(60)
     clamp(program)
@@ -475,10 +479,7 @@ def test_what_the_optimizer_changes_behind_the_gate_does_not_matter(
     """Nobody has asked by then whether a tensor changed."""
     monkeypatch.setenv("PYSNAP_HOST_MEMORY", "8MiB")
     program = Program(tmp_path, every=1)
-    disk.hold()
-    with program.snapshotter.step():
-        program.train()
-    expected = program.state()
+    expected = train_beside(program, disk)
     program.train()
     disk.release()
     program.snapshotter.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ class Written:
         return self.path
 
 
-class Peer:
+class Peer(ABC):
     """A way to save to a new path each time. By default nothing is prepared and nothing is held."""
 
     overlaps = False
@@ -90,9 +91,9 @@ class Peer:
         self._count += 1
         return self.write(self.directory / f"{self._count}{self.suffix}")
 
+    @abstractmethod
     def write(self, path: Path) -> Pending:
         """Begin to save to `path`, which does not exist."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """What is saved."""

@@ -146,7 +146,8 @@ TEST(a_disk_that_is_faster_than_the_encoders_gets_raw_chunks) {
   for (const Machine& machine : {kFastDisk, kBusyCores, kSlowBoth}) {
     Choice choice(3);
     write(choice, 3, machine, 300);
-    CHECK(write(choice, 3, machine, 1200).encoded < 180);
+    // Of 600 a tenth; a trial takes more of some than of others.
+    CHECK(write(choice, 3, machine, 2400).encoded < 240);
   }
 }
 

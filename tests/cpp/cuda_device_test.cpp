@@ -226,38 +226,24 @@ TEST(without_memory_for_it_nothing_is_cloned) {
 }
 
 // Else a slot would be reused while it is copied to.
-TEST(a_context_that_cannot_be_entered_says_nothing_of_its_copies) {
-  const HealthyDriver driver;
-  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
-  Slots slots(device, 64 * 1024, 1);
-  const DeviceState state({1000}, {0});
-  fake().set_late(FakeCuda::kCopies);
-  fake().hold(-1);
-  InFlight flight(slots.take());
-  flight.enter(*device);
-  device->read(flight.slot.data(), sources_of(state));
-  flight.mark();
-  fake().fail_call("cuCtxPushCurrent_v2", 1, 2);
-  CHECK(!flight.wait(std::chrono::milliseconds(0)));
-  fake().release();
-  CHECK(flight.wait(kForever));
-}
-
-TEST(an_event_that_cannot_be_asked_says_nothing_of_its_copies) {
-  const HealthyDriver driver;
-  const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
-  Slots slots(device, 64 * 1024, 1);
-  const DeviceState state({1000}, {0});
-  fake().set_late(FakeCuda::kCopies);
-  fake().hold(-1);
-  InFlight flight(slots.take());
-  flight.enter(*device);
-  device->read(flight.slot.data(), sources_of(state));
-  flight.mark();
-  fake().fail_call("cuEventQuery", 1, 999);
-  CHECK(!flight.wait(std::chrono::milliseconds(0)));
-  fake().release();
-  CHECK(flight.wait(kForever));
+TEST(a_call_that_is_refused_says_nothing_of_copies) {
+  for (const auto& [call, result] : std::vector<std::pair<const char*, int>>{
+           {"cuCtxPushCurrent_v2", 2}, {"cuEventQuery", 999}}) {
+    const HealthyDriver driver;
+    const std::shared_ptr<Device> device = pysnap::open_cuda_device(0);
+    Slots slots(device, 64 * 1024, 1);
+    const DeviceState state({1000}, {0});
+    fake().set_late(FakeCuda::kCopies);
+    fake().hold(-1);
+    InFlight flight(slots.take());
+    flight.enter(*device);
+    device->read(flight.slot.data(), sources_of(state));
+    flight.mark();
+    fake().fail_call(call, 1, result);
+    CHECK(!flight.wait(std::chrono::milliseconds(0)));
+    fake().release();
+    CHECK(flight.wait(kForever));
+  }
 }
 
 TEST(a_context_that_is_gone_copies_nothing_more) {

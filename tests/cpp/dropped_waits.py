@@ -155,14 +155,14 @@ DROPS = [
         DEVICE,
         "    if (!current.ok() && !current.is_gone()) return false;\n",
         "",
-        "cuda_device_test a_context_that_cannot_be_entered_says_nothing_of_its_copies",
+        "cuda_device_test a_call_that_is_refused_says_nothing_of_copies",
     ),
     Drop(
         "so does one whose event cannot be asked",
         DEVICE,
         "    if (result != kCudaSuccess && driver.cuStreamQuery(",
         "    if (false && driver.cuStreamQuery(",
-        "cuda_device_test an_event_that_cannot_be_asked_says_nothing_of_its_copies",
+        "cuda_device_test a_call_that_is_refused_says_nothing_of_copies",
     ),
     # The device: events and streams
     Drop(

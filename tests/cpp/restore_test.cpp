@@ -266,6 +266,7 @@ TEST(verify_goes_on_after_damage) {
         pysnap::verify(snapshot.packs, snapshot.chunks, threads, fixture::zstd(), nullptr);
     CHECK(snapshot.damaged_chunks(threads) == Chunks({0, 1, 4, 7}));
     CHECK(damages[0].what.find(snapshot.packs[0].path + ", chunk 0: ") == 0);
+    CHECK_EQ(damages[0].error_number, 0);
   }
 }
 
@@ -287,6 +288,9 @@ TEST(a_pack_that_is_missing_is_an_io_error_that_verify_lists) {
   std::filesystem::remove(snapshot.packs[0].path);
   CHECK_EQ(fixture::errno_of([&] { snapshot.restore_all(); }), ENOENT);
   CHECK(snapshot.damaged_chunks() == Chunks({0, 1, 4, 5}));
+  const std::vector<Damage> damages =
+      pysnap::verify(snapshot.packs, snapshot.chunks, 2, fixture::zstd(), nullptr);
+  CHECK_EQ(damages[0].error_number, ENOENT);
 }
 
 TEST(a_table_that_points_past_the_end_of_the_file_is_refused) {

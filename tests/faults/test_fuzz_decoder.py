@@ -139,7 +139,7 @@ def test_the_decoder_stands_any_bytes(
     input_bytes = crash.read_bytes().hex() if crash.exists() else ""
     assert done.returncode == 0, f"{done.stderr[-4000:]}\ninput: {input_bytes[:4000]}"
     runs, corpus, edges = map(int, re.findall(r"\d+", done.stdout))
-    # It got behind the headers.
+    # It got behind the headers; what the kept inputs reach may be all that there is.
     assert corpus >= len(list(seeds.iterdir())) and edges > 300 and runs > 1000, done.stdout
     count(runs)
 
