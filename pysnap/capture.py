@@ -67,12 +67,12 @@ class Stager:
             available_memory() // 4, 2 * config.chunk_size
         )
         cores = _engine.available_processors()
-        zstd = [] if config.codec == "none" else zstd_libraries()
+        zstd = () if config.codec == "none" else zstd_libraries()
         if zstd and not _engine.has_zstd(zstd):
             _log.warning(
                 "no libzstd is found: integers are stored larger; install the zstandard package"
             )
-            zstd = []
+            zstd = ()
         self._engine = _engine.Engine(
             chunk_size=config.chunk_size,
             slots=max(2, bound // config.chunk_size),

@@ -291,17 +291,17 @@ class _Match:
         live, saved = self._live_leaves[name], self._saved_leaves[name]
         differences = []
         for path in dict.fromkeys([*live, *saved]):
+            if path in self._fitting[name]:
+                continue
             leaf = live.get(path)
             record = self._snapshot.manifest.tensors[saved[path]] if path in saved else None
             if not self._terms.wants(tree.join(name, path)) or _is_extra(path):
                 continue
             if leaf is None or record is None:
                 differs = all_paths
-            elif all_paths:
-                differs = path not in self._fitting[name]
             else:
                 # An optimizer casts its state itself.
-                differs = leaf.shape != record.shape
+                differs = all_paths or leaf.shape != record.shape
             if differs:
                 differences.append((tree.join(name, path), describe(leaf), describe(record)))
         return differences
@@ -346,7 +346,7 @@ def _leaves_of(state: object) -> dict[str, Leaf]:
 def _is_extra(path: str) -> bool:
     """Whether it is in what a module's `get_extra_state` returned: `set_extra_state` takes that,
     whatever it is."""
-    return path.split("/")[0].rpartition(".")[2] == "_extra_state"
+    return "_extra_state" in path and path.split("/")[0].rpartition(".")[2] == "_extra_state"
 
 
 def _is_writable(leaf: Leaf) -> bool:
