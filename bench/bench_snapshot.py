@@ -35,6 +35,10 @@ FULL_PARAMETERS = 125_000_000
 QUICK_PARAMETERS = FULL_PARAMETERS // 16
 FULL_BOUND = 256 * 2**20
 LEAST_BOUND = 16 * 2**20
+TRAINED_STEPS = 200
+QUICK_TRAINED_STEPS = 20
+CODER_REPEATS = 3
+"""Of each of the plan's: one takes about a second."""
 TRAINED_WITH = (peers.PYSNAP, peers.PYSNAP_OVERLAP)
 
 
@@ -47,6 +51,7 @@ class Plan:
     more_firsts: int
     pairs: int
     segment_seconds: float
+    trained_steps: int
     peers: tuple[str, ...]
 
     @property
@@ -96,6 +101,7 @@ def measurements(plan: Plan) -> list[Job]:
         *(saves(subject, plan.repeats) for subject in (*peers.OURS, *others)),
         *(saves(peers.PYSNAP, 0) for _ in range(plan.more_firsts)),
         Job("codecs", "", again),
+        Job("coders", "", {"steps": plan.trained_steps, "repeats": CODER_REPEATS * plan.repeats}),
         *(beside(loop, name) for loop in training.LOOPS for name in (*TRAINED_WITH, *others)),
         Job("restores", "", again),
     ]
@@ -107,6 +113,7 @@ def run(plan: Plan, directory: Path, console: Console) -> tuple[dict[str, Any], 
         "saves": {},
         "training": {loop: {} for loop in training.LOOPS},
         "codecs": None,
+        "coders": None,
         "restores": None,
     }
     failed = []
@@ -210,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         more_firsts=0 if quick else 4,
         pairs=2 if quick else 3,
         segment_seconds=1.5 if quick else 5.0,
+        trained_steps=QUICK_TRAINED_STEPS if quick else TRAINED_STEPS,
         peers=chosen,
     )
     name = options.name or ("quick" if quick else "snapshot")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import codec_pairs
+import coding
 import psutil
 import restores
 import saves
@@ -25,6 +26,7 @@ MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "saves": saves.measure,
     "training": training.measure,
     "codecs": codec_pairs.measure,
+    "coders": coding.measure,
     "restores": restores.measure,
     "scaling": scaling.measure,
 }

@@ -15,10 +15,20 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import coding
 import peers
 import plot
 import training
-from report import Results, Spread, blocked_ratios, lost_seconds, restore_seconds
+from report import (
+    Results,
+    Spread,
+    blocked_ratios,
+    coding_kinds,
+    coding_rates,
+    lost_seconds,
+    restore_seconds,
+    stored_ratios,
+)
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -27,7 +37,7 @@ BEGIN = "<!-- figures: written by `python bench/readme.py`, not by hand -->"
 END = "<!-- end of the figures -->"
 _UNKNOWN = "-"
 
-# Figures of one subject, of all results.
+# Figures of one subject, of all results; of one coder, of the results for one kind of bytes.
 _Column = tuple[str, Callable[[Results, str], "list[float]"], Callable[[float], str]]
 
 
@@ -52,12 +62,20 @@ def _extra(results: Results, subject: str) -> list[float]:
     return [] if extra is None else [extra]
 
 
+def _rates(way: str) -> Callable[[Results, str], list[float]]:
+    return lambda result, coder: coding_rates(result, coder, way)
+
+
 def _seconds(value: float) -> str:
     return f"{value:.3f} s" if abs(value) < 0.1 else f"{value:.2f} s"
 
 
 def _gigabytes(value: float) -> str:
     return f"{value / 1e9:.2f} GB"
+
+
+def _gigabytes_a_second(value: float) -> str:
+    return f"{value / 1e9:.2f}"
 
 
 def _times(value: float) -> str:
@@ -73,6 +91,11 @@ _COLUMNS: tuple[_Column, ...] = (
     ("on disk", _of_saves("bytes"), _gigabytes),
     ("extra memory", _extra, _gigabytes),
     ("restore", restore_seconds, _seconds),
+)
+_CODING_COLUMNS: tuple[_Column, ...] = (
+    ("stored / raw", stored_ratios, _times),
+    ("encode, GB/s", _rates("encode"), _gigabytes_a_second),
+    ("decode, GB/s", _rates("decode"), _gigabytes_a_second),
 )
 
 
@@ -101,6 +124,7 @@ def figures(results: Results, results_file: Path, readme: Path = README) -> str:
         f"`bounded` has {results['bound'] / 2**20:.0f} MiB of staging memory. Lost: seconds of "
         "training that one save costs in all, blocked time included. pysnap's restore checks "
         "every byte; the others check nothing.",
+        *_coding(results),
     ]
     if results["note"]:
         lines += ["", results["note"]]
@@ -122,17 +146,47 @@ def _table(results: Results) -> str:
     columns = [
         column for column in _COLUMNS if any(column[1](results, name) for name in results["saves"])
     ]
+    lines = _head(columns)
+    for subject in results["saves"]:
+        cells = [_cell(values_of(results, subject), number) for _, values_of, number in columns]
+        lines.append(f"| {subject} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _coding(results: Results) -> list[str]:
+    """What coders make of a trained model; nothing where that was not measured."""
+    kinds = coding_kinds(results)
+    if not kinds:
+        return []
+    measured = results["coders"]
+    names = [
+        name for name in coding.COMPARED if any(name in kind["coders"] for kind in kinds.values())
+    ]
     lines = [
+        "",
+        f"One core, chunks of a model trained for {measured['trained']['steps']} steps, by "
+        f"{' / '.join(names)}; medians of {measured['repeats']}:",
+        "",
+        *_head(_CODING_COLUMNS),
+    ]
+    for kind, result in kinds.items():
+        cells = [
+            " / ".join(_cell(values_of(result, name), number) for name in names)
+            for _, values_of, number in _CODING_COLUMNS
+        ]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _head(columns: Sequence[_Column]) -> list[str]:
+    return [
         "| | " + " | ".join(title for title, _, _ in columns) + " |",
         "|---|" + "---:|" * len(columns),
     ]
-    for subject in results["saves"]:
-        cells = []
-        for _, values_of, number in columns:
-            values = values_of(results, subject)
-            cells.append(number(Spread.of(values).median) if values else _UNKNOWN)
-        lines.append(f"| {subject} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+
+
+def _cell(values: list[float], number: Callable[[float], str]) -> str:
+    return number(Spread.of(values).median) if values else _UNKNOWN
 
 
 def replaced(text: str, figures: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import coders
 import peers
 import restores
 import training
@@ -29,6 +30,20 @@ DURABLE_OVER_WRITE = 1.08
 """Without a codec, times a direct write of the same bytes in the same repetition."""
 AUTO_OVER_NONE = 1.05
 """Time to durable with `codec="auto"`, times that of its pair without a codec."""
+STORED_OVER_RAW = {
+    "bf16 weights": 0.67,
+    "fp32 weights": 0.84,
+    "exp_avg": 0.84,
+    "exp_avg_sq": 0.81,
+}
+"""Bytes of a trained model, encoded."""
+CODING_OVER_ZSTD = {
+    ("bf16 weights", "encode"): 1 / 5,
+    ("fp32 weights", "encode"): 1 / 7,
+    ("bf16 weights", "decode"): 1 / 2.5,
+    ("fp32 weights", "decode"): 1 / 3.5,
+}
+"""Time on one core, times that of zstd at level 1 on the raw bytes in the same repetition."""
 MEMORY_OVER_STATE = 1.05
 MEMORY_MARGIN = 64 * 2**20
 """Beside the staging budget: what encoders, threads and tables may take."""
@@ -117,12 +132,40 @@ def restore_seconds(results: Results, subject: str) -> list[float]:
     return [min(row) for row in zip(*rows, strict=True)]
 
 
+def coding_kinds(results: Results) -> Results:
+    """What was measured of coders on each kind of bytes; empty if nothing was."""
+    measured: Results | None = results.get("coders")
+    return measured["kinds"] if measured else {}
+
+
+def stored_ratios(result: Results, coder: str) -> list[float]:
+    """Bytes stored of one kind over its bytes; empty if there was no such coder."""
+    rows = result["coders"].get(coder, [])
+    return [row["stored_bytes"] / result["raw_bytes"] for row in rows]
+
+
+def coding_rates(result: Results, coder: str, way: str) -> list[float]:
+    """Bytes per second of `encode` or `decode`; empty if there was no such coder."""
+    rows = result["coders"].get(coder, [])
+    return [result["raw_bytes"] / row[f"{way}_seconds"] for row in rows]
+
+
+def coding_ratios(result: Results, way: str) -> list[float]:
+    """Time of pysnap to `encode` or `decode` over that of zstd, pair by pair; empty if one of them
+    was not there."""
+    if not {coders.PYSNAP, coders.ZSTD} <= result["coders"].keys():
+        return []
+    pairs = zip(result["coders"][coders.PYSNAP], result["coders"][coders.ZSTD], strict=True)
+    return [ours[f"{way}_seconds"] / theirs[f"{way}_seconds"] for ours, theirs in pairs]
+
+
 def bars(results: Results) -> list[Bar]:
     """What pysnap must meet. A subject that failed leaves its bars without values."""
     return [
         *_capture_bars(results),
         *_training_bars(results),
         *_durable_bars(results),
+        *_coding_bars(results),
         *_memory_bars(results),
         *_restore_bars(results),
     ]
@@ -176,6 +219,18 @@ def _durable_bars(results: Results) -> list[Bar]:
             [auto["bytes"] / codecs["state_bytes"] for auto, _ in pairs],
         ),
     ]
+
+
+def _coding_bars(results: Results) -> list[Bar]:
+    kinds = coding_kinds(results)
+    found = []
+    for kind, limit in STORED_OVER_RAW.items():
+        stored = stored_ratios(kinds[kind], coders.PYSNAP) if kind in kinds else []
+        found.append(Bar(f"{kind}: stored / raw", limit, stored))
+    for (kind, way), limit in CODING_OVER_ZSTD.items():
+        ratios = coding_ratios(kinds[kind], way) if kind in kinds else []
+        found.append(Bar(f"{kind}: {way} / time of {coders.ZSTD}", limit, ratios))
+    return found
 
 
 def _memory_bars(results: Results) -> list[Bar]:
@@ -243,7 +298,18 @@ def summary(results: Results) -> Results:
         name: {"seconds": spread(result["warm"])}
         for name, result in _restore_times(results).items()
     }
-    return {"saves": saves, "training": trained, "restores": restored}
+    coded = {
+        kind: {
+            coder: {
+                "stored_over_raw": spread(stored_ratios(result, coder)),
+                "encode_bytes_per_second": spread(coding_rates(result, coder, "encode")),
+                "decode_bytes_per_second": spread(coding_rates(result, coder, "decode")),
+            }
+            for coder in result["coders"]
+        }
+        for kind, result in coding_kinds(results).items()
+    }
+    return {"saves": saves, "training": trained, "restores": restored, "coders": coded}
 
 
 def show(results: Results, console: Console) -> None:
@@ -252,6 +318,7 @@ def show(results: Results, console: Console) -> None:
         _saves(results),
         *(_training(results, loop) for loop in results["training"]),
         _restores(results),
+        _coding(results),
         table_of_bars(bars(results)),
     ):
         if table is not None:
@@ -359,6 +426,30 @@ def _restores(results: Results) -> Table | None:
     return table
 
 
+def _coding(results: Results) -> Table | None:
+    kinds = coding_kinds(results)
+    if not kinds:
+        return None
+    table = empty_table(
+        f"Chunks of a model trained for {results['coders']['trained']['steps']} steps, one core",
+        "median, range below",
+        "stored / raw",
+        "encode, GB/s",
+        "decode, GB/s",
+    )
+    for kind, result in kinds.items():
+        for coder in result["coders"]:
+            rates = [coding_rates(result, coder, way) for way in ("encode", "decode")]
+            table.add_row(
+                f"{kind}, {coder}",
+                Spread.of(stored_ratios(result, coder)).show(_three),
+                *(Spread.of(rate).show(_gigabytes) for rate in rates),
+            )
+    missing = results["coders"]["missing"]
+    table.caption = "; ".join(f"{coder}: {why}" for coder, why in missing.items()) or None
+    return table
+
+
 def table_of_bars(judged: list[Bar]) -> Table:
     """What must hold, and what was measured."""
     table = empty_table("Bars", "", "median,\nrange", "at most", "")
@@ -376,7 +467,7 @@ def _restore_times(results: Results) -> Results:
 
 def _foreign(results: Results) -> list[float]:
     trained = [result for loop in results["training"].values() for result in loop.values()]
-    once = [results[kind] for kind in ("codecs", "restores") if results[kind]]
+    once = [results[kind] for kind in ("codecs", "coders", "restores") if results.get(kind)]
     measured = [*results["saves"].values(), *trained, *once]
     return [result["foreign_cpu"] for result in measured]
 
@@ -387,6 +478,14 @@ def _milliseconds(value: float) -> str:
 
 def _two(value: float) -> str:
     return f"{value:.2f}"
+
+
+def _three(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _gigabytes(value: float) -> str:
+    return f"{value / 1e9:.2f}"
 
 
 def _megabytes(value: float) -> str:

@@ -19,7 +19,16 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-import zstandard
+from coders import (
+    CHUNK_SIZE,
+    CODERS,
+    MEMCPY,
+    PYSNAP,
+    Coder,
+    UnavailableCoderError,
+    chunk_copies,
+    open_coder,
+)
 from floors import Buffer, MemcpyFloor, read_floor, write_and_sync
 from payloads import KINDS, SMALLER, Payload, payloads
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -34,7 +43,6 @@ from pysnap.manifest import Manifest
 from pysnap.zstd import zstd_libraries
 
 PARAMETERS = 8_000_000
-CHUNK_SIZE = 4 * 2**20
 CODECS = ("fast", "none")
 ZSTD = zstd_libraries()
 THREADS = _engine.available_processors()
@@ -364,18 +372,18 @@ def test_restore_cold_floor_plain_file(
 # Chunk: one core encodes and decodes chunks of a model that was trained, and of other kinds; the
 # floors are memcpy, and zstd at level 1 and, where it is installed, ZipNN on the same bytes.
 
-CODERS = ("pysnap", "zstd", "zipnn", "memcpy")
-ZIPNN_DTYPES = ("bfloat16", "float32")
-
 
 @pytest.fixture(scope="module")
 def payload(request: pytest.FixtureRequest) -> dict[str, Payload]:
     return payloads(train(TRAINED_STEPS if request.config.getoption("--benchmark-enable") else 1))
 
 
-def _chunks(data: memoryview) -> list[bytearray]:
-    """Copies, for ZipNN reorders the bytes that it is given in their place."""
-    return [bytearray(data[at : at + CHUNK_SIZE]) for at in range(0, len(data), CHUNK_SIZE)]
+def _coder(name: str, data: Payload) -> Coder:
+    """Skips where there is none."""
+    try:
+        return open_coder(name, data)
+    except UnavailableCoderError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.benchmark(group="chunk encode")
@@ -385,17 +393,17 @@ def test_chunk_encode(
     benchmark: BenchmarkFixture, payload: dict[str, Payload], kind: str, coder: str
 ) -> None:
     data = payload[kind]
-    encode = _encoder(coder, data)
+    encode = _coder(coder, data).encode
     benchmark.group = f"encode {kind}"
     rounds(
         benchmark,
-        lambda chunks: [encode(chunk) for chunk in chunks],
-        setup=lambda: ((_chunks(data.bytes),), {}),
+        lambda copies: [encode(chunk) for chunk in copies],
+        setup=lambda: ((chunk_copies(data.bytes),), {}),
     )
-    stored = sum(len(encode(chunk)) for chunk in _chunks(data.bytes))
+    stored = sum(len(encode(chunk)) for chunk in chunk_copies(data.bytes))
     benchmark.extra_info["stored / raw"] = stored / len(data.bytes)
-    assert (stored < len(data.bytes)) == (coder != "memcpy" and kind in SMALLER)
-    if coder == "pysnap":
+    assert (stored < len(data.bytes)) == (coder != MEMCPY and kind in SMALLER)
+    if coder == PYSNAP:
         assert stored <= len(data.bytes)
 
 
@@ -406,73 +414,12 @@ def test_chunk_decode(
     benchmark: BenchmarkFixture, payload: dict[str, Payload], kind: str, coder: str
 ) -> None:
     data = payload[kind]
-    encode, decode = _encoder(coder, data), _decoder(coder, data)
-    chunks = _chunks(data.bytes)
-    encoded = [(bytes(encode(bytearray(chunk))), len(chunk)) for chunk in chunks]
+    opened = _coder(coder, data)
+    encoded = [(bytes(opened.encode(chunk)), len(chunk)) for chunk in chunk_copies(data.bytes)]
     benchmark.group = f"decode {kind}"
-    rounds(benchmark, lambda: [decode(stored, raw) for stored, raw in encoded])
-    for (stored, raw), chunk in zip(encoded, chunks, strict=True):
-        assert bytes(decode(stored, raw)) == chunk
-
-
-Encode = Callable[[bytearray], "memoryview | bytes"]
-Decode = Callable[[bytes, int], "memoryview | bytes"]
-
-
-def _encoder(coder: str, data: Payload) -> Encode:
-    """Encodes into a buffer that the next call uses again, where it can."""
-    out = memoryview(bytearray(CHUNK_SIZE))
-
-    def copy(raw: bytearray) -> memoryview:
-        out[: len(raw)] = raw
-        return out[: len(raw)]
-
-    if coder == "pysnap":
-        own = _engine.Coder(codec="fast", zstd=ZSTD)
-
-        def encode(raw: bytearray) -> memoryview:
-            length = own.encode(data.element, raw, out[: len(raw)])
-            # What is not made smaller is written as it is.
-            return out[:length] if length else memoryview(raw)
-
-        return encode
-    if coder == "zstd":
-        return zstandard.ZstdCompressor(level=1).compress
-    return _zipnn(data).compress if coder == "zipnn" else copy
-
-
-def _decoder(coder: str, data: Payload) -> Decode:
-    out = memoryview(bytearray(CHUNK_SIZE))
-
-    def copy(stored: bytes, raw: int) -> memoryview:
-        out[:raw] = stored
-        return out[:raw]
-
-    if coder == "pysnap":
-        own = _engine.Coder(codec="fast", zstd=ZSTD)
-
-        def decode(stored: bytes, raw: int) -> memoryview:
-            if len(stored) == raw:
-                return copy(stored, raw)
-            assert own.decode(data.element, stored, out[:raw])
-            return out[:raw]
-
-        return decode
-    if coder == "zstd":
-        zstd = zstandard.ZstdDecompressor()
-        return lambda stored, _raw: zstd.decompress(stored)
-    if coder == "zipnn":
-        zipnn = _zipnn(data)
-        return lambda stored, _raw: zipnn.decompress(stored)
-    return copy
-
-
-def _zipnn(data: Payload) -> Any:
-    """ZipNN in one thread; skips where it is not installed, and for types that it does not know."""
-    zipnn = pytest.importorskip("zipnn")
-    if data.dtype not in ZIPNN_DTYPES:
-        pytest.skip(f"ZipNN does not know {data.dtype}")
-    return zipnn.ZipNN(input_format="byte", bytearray_dtype=data.dtype, threads=1)
+    rounds(benchmark, lambda: [opened.decode(stored, raw) for stored, raw in encoded])
+    for (stored, raw), chunk in zip(encoded, chunk_copies(data.bytes), strict=True):
+        assert bytes(opened.decode(stored, raw)) == chunk
 
 
 # Digest: of one chunk, as the workers take it; the floors read it, and check it as torch.save does.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,8 @@ class Trained:
     weights: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    loss: float
+    """Of the last step."""
 
 
 @functools.cache
@@ -38,13 +40,14 @@ def text() -> bytes:
     return b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
 
 
-def train(steps: int) -> Trained:
-    """The model after so many steps."""
+def train(steps: int, tell: Callable[[int], object] = lambda step: None) -> Trained:
+    """The model after so many steps, at least one; `tell` is called with the number of each."""
     torch.manual_seed(0)
     data = torch.frombuffer(bytearray(text()), dtype=torch.uint8).long()
     model = Model(_WIDTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95))
-    for _ in range(steps):
+    for step in range(1, steps + 1):
+        tell(step)
         starts = torch.randint(len(data) - _CONTEXT, (_BATCH,))
         tokens = torch.stack([data[start : start + _CONTEXT + 1] for start in starts])
         logits = model(tokens[:, :-1])
@@ -57,7 +60,7 @@ def train(steps: int) -> Trained:
         _joined([optimizer.state[parameter][name] for parameter in parameters])
         for name in ("exp_avg", "exp_avg_sq")
     )
-    return Trained(_joined(parameters), exp_avg, exp_avg_sq)
+    return Trained(_joined(parameters), exp_avg, exp_avg_sq, loss.item())
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import mmap
@@ -22,6 +23,9 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import bench_scaling
 import bench_snapshot
+import child
+import coders
+import coding
 import jobs
 import peers
 import readme
@@ -30,6 +34,7 @@ import scaling
 import torch
 from floors import Buffer, WriteFloor, write_and_sync
 from growth import exponent, per_decade
+from payloads import Payload
 from peers.plain_files import flat_tensors
 from rich.console import Console
 
@@ -81,6 +86,20 @@ def test_a_figure_that_was_not_measured_is_a_dash(results: dict[str, Any]) -> No
     assert " - |" in row
 
 
+def test_readme_shows_coders_where_they_were_measured(results: dict[str, Any]) -> None:
+    results.pop("coders", None)
+    without = readme.figures(results, readme.RESULTS)
+    assert "stored / raw" not in without
+    results["coders"] = coded(pysnap=[0.5, 0.25, 0.25], zstd=[2.0, 2.0, 2.0])
+    part = readme.figures(results, readme.RESULTS)
+    assert "a model trained for 200 steps, by pysnap / zstd-1; medians of 3:" in part
+    assert "\n\n| | stored / raw | encode, GB/s | decode, GB/s |\n|---|---:|---:|---:|\n" in part
+    assert "| bf16 weights | 0.60 / 0.90 | 4.00 / 0.50 | 2.00 / 0.25 |" in part
+    del results["coders"]["kinds"]["bf16 weights"]["coders"][coders.ZSTD]
+    part = readme.figures(results, readme.RESULTS)
+    assert "| bf16 weights | 0.60 / - | 4.00 / - | 2.00 / - |" in part
+
+
 def test_a_readme_without_the_comments_is_refused() -> None:
     with pytest.raises(ValueError, match="there must be a line"):
         readme.replaced("# pysnap\n", "")
@@ -119,10 +138,34 @@ def test_a_peer_that_is_not_installed_is_left_out_with_the_reason(
 
 def test_what_is_left_out_is_not_measured() -> None:
     plan = bench_snapshot.Plan(
-        parameters=1000, repeats=1, more_firsts=0, pairs=1, segment_seconds=1, peers=("dcp",)
+        parameters=1000,
+        repeats=1,
+        more_firsts=0,
+        pairs=1,
+        segment_seconds=1,
+        trained_steps=1,
+        peers=("dcp",),
     )
     subjects = {job.subject for job in bench_snapshot.measurements(plan)} - {""}
     assert subjects == {*peers.OURS, peers.DCP}
+
+
+def test_every_kind_of_measurement_is_planned_with_the_arguments_that_it_takes() -> None:
+    plan = bench_snapshot.Plan(
+        parameters=1000,
+        repeats=1,
+        more_firsts=1,
+        pairs=1,
+        segment_seconds=1,
+        trained_steps=1,
+        peers=("dcp",),
+    )
+    planned = bench_snapshot.measurements(plan)
+    # The curves have a command of their own.
+    assert {job.kind for job in planned} == child.MEASURES.keys() - {"scaling"}
+    for job in planned:
+        parameters = inspect.signature(child.MEASURES[job.kind]).parameters
+        assert {*job.arguments, "directory", "tell"} == parameters.keys()
 
 
 def test_an_unknown_peer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,6 +312,92 @@ def test_a_restore_is_judged_beside_the_fastest_way_of_its_repetition() -> None:
     assert bar_of(results, name.replace("pysnap", "pysnap, codec none")).passed is False
 
 
+def coded(**seconds: list[float]) -> dict[str, Any]:
+    """The results of coders of a gigabyte of each kind that take so long to encode, and twice as
+    long to decode."""
+    names = {"pysnap": coders.PYSNAP, "zstd": coders.ZSTD, "zipnn": coders.ZIPNN}
+    stored = {"pysnap": 6 * 10**8, "zstd": 9 * 10**8, "zipnn": 7 * 10**8}
+    rows = {
+        names[name]: [
+            {"encode_seconds": each, "decode_seconds": 2 * each, "stored_bytes": stored[name]}
+            for each in repetitions
+        ]
+        for name, repetitions in seconds.items()
+    }
+    return {
+        "trained": {"steps": 200, "loss": 2.0, "parameters": 1},
+        "repeats": 3,
+        "foreign_cpu": 0.0,
+        "missing": {},
+        "kinds": {
+            kind: {"raw_bytes": 10**9, "coders": copy.deepcopy(rows)} for kind in coding.KINDS
+        },
+    }
+
+
+def test_coders_are_judged_beside_zstd_in_their_repetition() -> None:
+    # 1/6, 1/5 and 1/10 of zstd's time.
+    results = made(coders=coded(pysnap=[1.0, 2.0, 1.0], zstd=[6.0, 10.0, 10.0]))
+    encode = bar_of(results, "bf16 weights: encode / time of zstd-1")
+    assert encode.values == pytest.approx([1 / 6, 1 / 5, 1 / 10])
+    assert (encode.limit, encode.passed) == (1 / 5, True)
+    # The median is 1/6, seven times the rate is asked.
+    assert bar_of(results, "fp32 weights: encode / time of zstd-1").limit == 1 / 7
+    assert bar_of(results, "fp32 weights: encode / time of zstd-1").passed is False
+    for row in results["coders"]["kinds"]["fp32 weights"]["coders"][coders.PYSNAP]:
+        row["decode_seconds"] *= 2
+    decode = bar_of(results, "fp32 weights: decode / time of zstd-1")
+    assert decode.values == pytest.approx([1 / 3, 2 / 5, 1 / 5])
+    assert (decode.limit, decode.passed) == (1 / 3.5, False)
+    assert bar_of(results, "bf16 weights: decode / time of zstd-1").limit == 1 / 2.5
+    assert bar_of(results, "bf16 weights: decode / time of zstd-1").passed
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [("bf16 weights", 0.67), ("fp32 weights", 0.84), ("exp_avg", 0.84), ("exp_avg_sq", 0.81)],
+)
+def test_what_is_stored_is_judged_beside_the_raw_bytes(kind: str, limit: float) -> None:
+    results = made(coders=coded(pysnap=[1.0], zstd=[9.0]))
+    (row,) = results["coders"]["kinds"][kind]["coders"][coders.PYSNAP]
+    row["stored_bytes"] = int(limit * 10**9)
+    bar = bar_of(results, f"{kind}: stored / raw")
+    assert (bar.limit, bar.values, bar.passed) == (limit, [limit], True)
+    row["stored_bytes"] += 10**6
+    assert bar_of(results, f"{kind}: stored / raw").passed is False
+
+
+def test_coders_without_zstd_beside_them_are_neither_met_nor_missed() -> None:
+    bars = report.bars(made(coders=coded(pysnap=[1.0])))
+    judged = {bar.what for bar in bars if bar.passed is not None}
+    assert judged == {f"{kind}: stored / raw" for kind in coding.KINDS}
+    bars = report.bars(made(coders=coded(zstd=[1.0])))
+    assert {bar.passed for bar in bars} == {None}
+
+
+@pytest.mark.parametrize("missing", [{}, {coders.ZIPNN: "zipnn is not installed"}])
+def test_a_table_shows_the_coders_that_were_there(missing: dict[str, str]) -> None:
+    others = {"zstd": [2.0]} if missing else {"zstd": [2.0], "zipnn": [0.5]}
+    results = made(coders=coded(pysnap=[0.25], **others) | {"missing": missing})
+    console = Console(record=True, width=120)
+    report.show(results, console)
+    shown = console.export_text()
+    rows = [line.split() for line in shown.splitlines()]
+    assert ["exp_avg,", "pysnap", "0.600", "4.00", "2.00"] in rows
+    assert ["exp_avg,", "zstd-1", "0.900", "0.50", "0.25"] in rows
+    assert (["exp_avg,", "ZipNN", "0.700", "2.00", "1.00"] in rows) == (not missing)
+    assert ("ZipNN: zipnn is not installed" in shown) == bool(missing)
+    summary = report.summary(results)["coders"]["exp_avg"]
+    assert set(summary) == results["coders"]["kinds"]["exp_avg"]["coders"].keys()
+    assert summary[coders.ZSTD]["encode_bytes_per_second"]["median"] == 5e8
+
+
+def test_others_that_worked_beside_coders_are_told() -> None:
+    console = Console(record=True, width=120)
+    report.show(made(coders=coded(pysnap=[1.0]) | {"foreign_cpu": 0.5}), console)
+    assert "used up to 50% of the machine" in " ".join(console.export_text().split())
+
+
 def test_every_bar_says_value_limit_and_verdict() -> None:
     console = Console(record=True, width=120)
     console.print(
@@ -362,6 +491,99 @@ def test_saves_with_and_without_codec_are_measured_in_pairs(tmp_path: Path) -> N
         assert pair["none"]["bytes"] > result["state_bytes"]
         assert min(pair[name]["durable_seconds"] for name in ("auto", "none")) > 0
     assert "building the state" in told
+
+
+def test_coders_are_judged_on_a_trained_model(tmp_path: Path) -> None:
+    told: list[str] = []
+    result = jobs.run(jobs.Job("coders", "", {"steps": 1, "repeats": 1}), tmp_path, told.append)
+    assert (result["trained"]["steps"], set(result["kinds"])) == (1, set(coding.KINDS))
+    assert [told[0], told[-1]] == ["training, step 1 of 1", "repetition 1 of 1"]
+    coding_bars = [bar for bar in report.bars(made(coders=result)) if bar.values]
+    assert len(coding_bars) == 8
+    for kind in result["kinds"].values():
+        (row,) = kind["coders"][coders.ZSTD]
+        # A result of its own for each chunk, in memory that was touched by the last.
+        assert row["new_pages"] < coders.CHUNK_SIZE // mmap.PAGESIZE // 4
+
+
+@pytest.fixture
+def weights() -> Payload:
+    """Two chunks, the second shorter."""
+    values = torch.randn(2**21 + 2**15, generator=torch.Generator().manual_seed(1))
+    return Payload("bfloat16", values.bfloat16().view(torch.uint8).numpy().data)
+
+
+def test_coders_take_turns_on_every_kind(weights: Payload, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[tuple[str, int]] = []
+    opened = coders.open_coder
+
+    def open_coder(name: str, payload: Payload) -> coders.Coder:
+        coder = opened(name, payload)
+        encode = coder.encode
+
+        def noted(raw: bytearray) -> bytes | memoryview:
+            turns.append((name, len(raw)))
+            return encode(raw)
+
+        monkeypatch.setattr(coder, "encode", noted)
+        return coder
+
+    monkeypatch.setattr(coders, "open_coder", open_coder)
+    monkeypatch.setattr(coding, "COMPARED", (coders.PYSNAP, coders.ZSTD))
+    told: list[str] = []
+    result = coding.compare({"bf16 weights": weights}, 2, told.append)
+    sizes = [2**22, 2**16]
+    # Once for the time, once to have what is decoded.
+    pysnap, zstd = ([(name, size) for size in sizes] * 2 for name in (coders.PYSNAP, coders.ZSTD))
+    assert turns == pysnap + zstd + zstd + pysnap + pysnap + zstd
+    kind = result["kinds"]["bf16 weights"]
+    assert kind["raw_bytes"] == len(weights.bytes)
+    stored = {name: {row["stored_bytes"] for row in rows} for name, rows in kind["coders"].items()}
+    (ours,), (theirs,) = stored[coders.PYSNAP], stored[coders.ZSTD]
+    assert ours < theirs < kind["raw_bytes"]
+    for rows in kind["coders"].values():
+        assert len(rows) == 2
+        assert min(min(row["encode_seconds"], row["decode_seconds"]) for row in rows) > 0
+    assert told == ["first repetition", "repetition 1 of 2", "repetition 2 of 2"]
+
+
+class Wrong:
+    """Decodes to other bytes than it was given; it changes what it is given, as ZipNN does."""
+
+    def encode(self, raw: bytearray) -> bytes:
+        stored = bytes(raw)
+        raw[:] = bytes(len(raw))
+        return stored
+
+    def decode(self, stored: bytes, size: int) -> bytes:
+        return stored if size == coders.CHUNK_SIZE else stored[:-1] + bytes([stored[-1] ^ 1])
+
+
+def test_a_coder_that_gives_back_other_bytes_is_no_measurement(
+    weights: Payload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coders, "open_coder", lambda *_: Wrong())
+    with pytest.raises(coding.WrongBytesError, match=r"^pysnap, bf16 weights: chunk 1 is"):
+        coding.compare({"bf16 weights": weights}, 1, lambda _: None)
+
+
+def test_a_coder_that_is_not_installed_is_left_out_with_the_reason(
+    weights: Payload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zipnn", None)
+    result = coding.compare({"bf16 weights": weights}, 0, lambda _: None)
+    assert result["missing"] == {coders.ZIPNN: "zipnn is not installed"}
+    assert result["kinds"]["bf16 weights"]["coders"] == {coders.PYSNAP: [], coders.ZSTD: []}
+
+
+@pytest.mark.parametrize("name", [coders.PYSNAP, coders.ZSTD, coders.MEMCPY])
+def test_a_coder_gives_back_what_cannot_be_made_smaller(name: str) -> None:
+    noise = torch.randint(256, (10_000,), generator=torch.Generator().manual_seed(1))
+    data = noise.to(torch.uint8).numpy().data
+    coder = coders.open_coder(name, Payload("uint8", data))
+    stored = bytes(coder.encode(bytearray(data)))
+    assert len(stored) >= len(data)
+    assert bytes(coder.decode(stored, len(data))) == data
 
 
 def test_a_state_larger_than_the_memory_repeats_what_it_has(
