@@ -40,6 +40,8 @@ QUICK_TRAINED_STEPS = 20
 CODER_REPEATS = 3
 """Of each of the plan's: one takes about a second."""
 TRAINED_WITH = (peers.PYSNAP, peers.PYSNAP_OVERLAP)
+LOST_SEGMENT_SECONDS = 2.0
+"""Outlasts a save of pysnap fourfold; a longer segment adds nothing but its own noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class Plan:
     more_firsts: int
     pairs: int
     segment_seconds: float
+    lost_pairs: int
     trained_steps: int
     peers: tuple[str, ...]
 
@@ -85,16 +88,16 @@ def measurements(plan: Plan) -> list[Job]:
         size = {"parameters": plan.parameters, "repeats": repeats, "host_memory": bound}
         return Job("saves", subject, size | {"subject": subject})
 
-    def beside(loop: str, subject: str) -> Job:
+    def beside(kind: str, loop: str, subject: str, pairs: int, seconds: float) -> Job:
         arguments = {
             "subject": subject,
             "loop": loop,
             "parameters": plan.parameters,
-            "pairs": plan.pairs,
-            "seconds": plan.segment_seconds,
+            "pairs": pairs,
+            "seconds": seconds,
             "host_memory": None,
         }
-        return Job("training", subject, arguments)
+        return Job(kind, subject, arguments)
 
     again = {"parameters": plan.parameters, "repeats": plan.repeats}
     return [
@@ -102,7 +105,16 @@ def measurements(plan: Plan) -> list[Job]:
         *(saves(peers.PYSNAP, 0) for _ in range(plan.more_firsts)),
         Job("codecs", "", again),
         Job("coders", "", {"steps": plan.trained_steps, "repeats": CODER_REPEATS * plan.repeats}),
-        *(beside(loop, name) for loop in training.LOOPS for name in (*TRAINED_WITH, *others)),
+        *(
+            beside("training", loop, name, plan.pairs, plan.segment_seconds)
+            for loop in training.LOOPS
+            for name in (*TRAINED_WITH, *others)
+        ),
+        *(
+            beside("lost", loop, name, plan.lost_pairs, LOST_SEGMENT_SECONDS)
+            for loop in training.LOOPS
+            for name in TRAINED_WITH
+        ),
         Job("restores", "", again),
     ]
 
@@ -112,6 +124,7 @@ def run(plan: Plan, directory: Path, console: Console) -> tuple[dict[str, Any], 
     results: dict[str, Any] = {
         "saves": {},
         "training": {loop: {} for loop in training.LOOPS},
+        "lost": {loop: {} for loop in training.LOOPS},
         "codecs": None,
         "coders": None,
         "restores": None,
@@ -126,8 +139,8 @@ def run(plan: Plan, directory: Path, console: Console) -> tuple[dict[str, Any], 
 
 
 def _add(results: dict[str, Any], job: Job, result: dict[str, Any]) -> None:
-    if job.kind == "training":
-        results["training"][job.arguments["loop"]][job.subject] = result
+    if job.kind in ("training", "lost"):
+        results[job.kind][job.arguments["loop"]][job.subject] = result
     elif job.kind == "saves":
         results["state"] = result.pop("state")
         known = results["saves"].setdefault(job.subject, result)
@@ -217,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         more_firsts=0 if quick else 4,
         pairs=2 if quick else 3,
         segment_seconds=1.5 if quick else 5.0,
+        lost_pairs=2 if quick else 9,
         trained_steps=QUICK_TRAINED_STEPS if quick else TRAINED_STEPS,
         peers=chosen,
     )

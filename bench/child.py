@@ -25,6 +25,7 @@ import training
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "saves": saves.measure,
     "training": training.measure,
+    "lost": training.measure,
     "codecs": codec_pairs.measure,
     "coders": coding.measure,
     "restores": restores.measure,

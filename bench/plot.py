@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import peers
-from report import Results, Spread, best_memcpy, lost_seconds, speed_ratios
+from report import Results, Spread, best_memcpy, lost_by, speed_ratios
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def _draw_training(results: Results, path: Path) -> None:
         _bars(
             lost,
             f"{loop} loop: lost by a save, s",
-            {subject: lost_seconds(result) for subject, result in subjects.items()},
+            {subject: lost_by(results, loop, subject) for subject in subjects},
         )
         _bars(
             speed,

@@ -25,7 +25,7 @@ from report import (
     blocked_ratios,
     coding_kinds,
     coding_rates,
-    lost_seconds,
+    lost_by,
     restore_seconds,
     stored_ratios,
 )
@@ -50,11 +50,7 @@ def _ratios(results: Results, subject: str) -> list[float]:
 
 
 def _lost(loop: str) -> Callable[[Results, str], list[float]]:
-    def of(results: Results, subject: str) -> list[float]:
-        result = results["training"].get(loop, {}).get(subject)
-        return lost_seconds(result) if result else []
-
-    return of
+    return lambda results, subject: lost_by(results, loop, subject)
 
 
 def _extra(results: Results, subject: str) -> list[float]:

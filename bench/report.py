@@ -118,6 +118,15 @@ def lost_seconds(result: Results) -> list[float]:
     return [row["seconds"] - before for row, before in _segments(result)]
 
 
+def lost_by(results: Results, loop: str, subject: str) -> list[float]:
+    """`lost_seconds` of a subject; of the shorter and more segments where it ran them."""
+    for kind in ("lost", "training"):
+        result = results.get(kind, {}).get(loop, {}).get(subject)
+        if result:
+            return lost_seconds(result)
+    return []
+
+
 def _segments(result: Results) -> list[tuple[Results, float]]:
     plain = [row["seconds"] for row in result["without"]]
     neighbours = [statistics.mean(pair) for pair in itertools.pairwise(plain)]
@@ -196,8 +205,7 @@ def _training_bars(results: Results) -> list[Bar]:
     found = []
     for loop, limit in LOST_SECONDS.items():
         for subject in (peers.PYSNAP, peers.PYSNAP_OVERLAP):
-            result = results["training"].get(loop, {}).get(subject)
-            lost = lost_seconds(result) if result else []
+            lost = lost_by(results, loop, subject)
             found.append(Bar(f"{subject}: s of a {loop} loop lost by a save", limit, lost))
     return found
 
@@ -288,7 +296,7 @@ def summary(results: Results) -> Results:
                 "steps_per_second_without": spread(steps_per_second(result, "without")),
                 "steps_per_second_with": spread(steps_per_second(result, "with")),
                 "speed_ratio": spread(speed_ratios(result)),
-                "lost_seconds": spread(lost_seconds(result)),
+                "lost_seconds": spread(lost_by(results, loop, subject)),
             }
             for subject, result in subjects.items()
         }
@@ -399,12 +407,15 @@ def _training(results: Results, loop: str) -> Table | None:
 
     return _table_of_subjects(
         f"A {loop} loop, one save in each segment of about {results['segment_seconds']} s",
-        results["training"][loop],
+        {
+            subject: result | {"lost": lost_by(results, loop, subject)}
+            for subject, result in results["training"][loop].items()
+        },
         {
             "steps/s\nwithout saves": rate("without"),
             "with": rate("with"),
             "with /\nwithout": lambda result: Spread.of(speed_ratios(result)).show(_two),
-            "lost by\na save, s": lambda result: Spread.of(lost_seconds(result)).show(_two),
+            "lost by\na save, s": lambda result: Spread.of(result["lost"]).show(_two),
             "longest\nstep, ms": longest,
             "saves that\noutlasted it": lambda result: str(
                 sum(not row["ended_inside"] for row in result["with"])
@@ -466,7 +477,12 @@ def _restore_times(results: Results) -> Results:
 
 
 def _foreign(results: Results) -> list[float]:
-    trained = [result for loop in results["training"].values() for result in loop.values()]
+    trained = [
+        result
+        for kind in ("training", "lost")
+        for loop in results.get(kind, {}).values()
+        for result in loop.values()
+    ]
     once = [results[kind] for kind in ("codecs", "coders", "restores") if results.get(kind)]
     measured = [*results["saves"].values(), *trained, *once]
     return [result["foreign_cpu"] for result in measured]

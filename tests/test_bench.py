@@ -143,6 +143,7 @@ def test_what_is_left_out_is_not_measured() -> None:
         more_firsts=0,
         pairs=1,
         segment_seconds=1,
+        lost_pairs=1,
         trained_steps=1,
         peers=("dcp",),
     )
@@ -157,6 +158,7 @@ def test_every_kind_of_measurement_is_planned_with_the_arguments_that_it_takes()
         more_firsts=1,
         pairs=1,
         segment_seconds=1,
+        lost_pairs=1,
         trained_steps=1,
         peers=("dcp",),
     )
@@ -285,6 +287,10 @@ def test_what_a_save_loses_is_judged_beside_the_segments_around_it() -> None:
     worse = copy.deepcopy(results)
     worse["training"]["GIL-bound"][peers.PYSNAP]["with"] = [{"seconds": 5.7}, {"seconds": 5.7}]
     assert bar_of(worse, "pysnap: s of a GIL-bound loop lost by a save").passed is False
+    # Short segments, where they were run, say it alone.
+    worse["lost"] = {"GIL-bound": {peers.PYSNAP: result}, "compute-bound": {}}
+    assert bar_of(worse, "pysnap: s of a GIL-bound loop lost by a save").passed
+    assert report.lost_by(worse, "GIL-bound", peers.PYSNAP) == [0.25, -0.25]
 
 
 def test_memory_is_judged_beside_the_state() -> None:
