@@ -25,7 +25,7 @@ constexpr std::size_t kHeader = kStreamSizes + 4 * kStreams;
 
 // Of a large plane, one piece in so many is counted: all would take as long as the encoding.
 constexpr std::size_t kPiece = 64;
-constexpr std::size_t kCountedPieces = 8;
+constexpr std::size_t kCountedPieces = 16;
 constexpr std::size_t kCountedWhole = std::size_t{1} << 14;
 // Where the sample shows fewer symbols, an escape would cost a large part of a bit.
 constexpr std::size_t kFewSymbols = 8;
