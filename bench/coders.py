@@ -127,3 +127,10 @@ def open_coder(name: str, payload: Payload) -> Coder:
 def chunk_copies(data: memoryview) -> list[bytearray]:
     """Copies, for a coder may change what it encodes."""
     return [bytearray(data[at : at + CHUNK_SIZE]) for at in range(0, len(data), CHUNK_SIZE)]
+
+
+def encode_all(coder: Coder, copies: list[bytearray]) -> None:
+    """Encode them one after the other, and keep nothing: a coder that allocates its results would
+    touch new pages for each, as no writer of snapshots has to."""
+    for chunk in copies:
+        coder.encode(chunk)

@@ -297,13 +297,10 @@ class _Match:
             record = self._snapshot.manifest.tensors[saved[path]] if path in saved else None
             if not self._terms.wants(tree.join(name, path)) or _is_extra(path):
                 continue
-            if leaf is None or record is None:
-                differs = all_paths
-            else:
-                # An optimizer casts its state itself.
-                differs = all_paths or leaf.shape != record.shape
-            if differs:
-                differences.append((tree.join(name, path), describe(leaf), describe(record)))
+            # An optimizer casts its state itself, and has none before its first step.
+            if not all_paths and (leaf is None or record is None or leaf.shape == record.shape):
+                continue
+            differences.append((tree.join(name, path), describe(leaf), describe(record)))
         return differences
 
     def _compare_root(self, name: str) -> list[_Difference]:
@@ -346,6 +343,7 @@ def _leaves_of(state: object) -> dict[str, Leaf]:
 def _is_extra(path: str) -> bool:
     """Whether it is in what a module's `get_extra_state` returned: `set_extra_state` takes that,
     whatever it is."""
+    # Thousands of paths are asked; the first question is the quick one.
     return "_extra_state" in path and path.split("/")[0].rpartition(".")[2] == "_extra_state"
 
 

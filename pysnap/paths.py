@@ -246,7 +246,7 @@ def tag_of(node: dict[str, Json]) -> str | None:
     """The tag of `node`, or None if it is a dict in its plain form."""
     tag = None
     for key in node:
-        if type(key) is not str or not (key.isascii() or is_unicode(key)):
+        if type(key) is not str or not is_unicode(key):
             raise ValueError("a key is not text")
         if key[:1] == "$":
             tag = key

@@ -136,33 +136,25 @@ def test_a_peer_that_is_not_installed_is_left_out_with_the_reason(
     assert "gone is left out: no_such_library.part is not installed" in console.export_text()
 
 
+PLAN = bench_snapshot.Plan(
+    parameters=1000,
+    repeats=1,
+    more_firsts=1,
+    pairs=1,
+    segment_seconds=1,
+    lost_pairs=1,
+    trained_steps=1,
+    peers=("dcp",),
+)
+
+
 def test_what_is_left_out_is_not_measured() -> None:
-    plan = bench_snapshot.Plan(
-        parameters=1000,
-        repeats=1,
-        more_firsts=0,
-        pairs=1,
-        segment_seconds=1,
-        lost_pairs=1,
-        trained_steps=1,
-        peers=("dcp",),
-    )
-    subjects = {job.subject for job in bench_snapshot.measurements(plan)} - {""}
+    subjects = {job.subject for job in bench_snapshot.measurements(PLAN)} - {""}
     assert subjects == {*peers.OURS, peers.DCP}
 
 
 def test_every_kind_of_measurement_is_planned_with_the_arguments_that_it_takes() -> None:
-    plan = bench_snapshot.Plan(
-        parameters=1000,
-        repeats=1,
-        more_firsts=1,
-        pairs=1,
-        segment_seconds=1,
-        lost_pairs=1,
-        trained_steps=1,
-        peers=("dcp",),
-    )
-    planned = bench_snapshot.measurements(plan)
+    planned = bench_snapshot.measurements(PLAN)
     # The curves have a command of their own.
     assert {job.kind for job in planned} == child.MEASURES.keys() - {"scaling"}
     for job in planned:
