@@ -1,5 +1,6 @@
 #include "copy.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -13,10 +14,12 @@ namespace {
 
 // Below this the set-up costs more than the saved reads.
 constexpr std::size_t kStreamingMinimum = 4096;
+constexpr std::size_t kLine = 64;
+constexpr std::size_t kTurn = 1024;
+
+std::size_t lead_to_line(std::uintptr_t address) { return (kLine - address % kLine) % kLine; }
 
 #if defined(__x86_64__)
-
-constexpr std::size_t kLine = 64;
 
 __attribute__((target("avx512f"))) void copy_lines_avx512(char* destination, const char* source,
                                                           std::size_t lines) {
@@ -52,28 +55,66 @@ void copy_lines(char* destination, const char* source, std::size_t lines, SimdPa
   copy_lines_portable(destination, source, lines);
 }
 
+// Lines of the destination are written as wholes, past the caches; what is beside them is not.
+void copy_past_caches(char* to, const char* from, std::size_t size, SimdPath path) {
+  const std::size_t head = std::min(lead_to_line(reinterpret_cast<std::uintptr_t>(to)), size);
+  std::memcpy(to, from, head);
+  const std::size_t lines = (size - head) / kLine;
+  copy_lines(to + head, from + head, lines, path);
+  const std::size_t done = head + lines * kLine;
+  std::memcpy(to + done, from + done, size - done);
+}
+
+// Streaming stores are weakly ordered; a mutex alone would not publish them.
+void publish() { _mm_sfence(); }
+
+#else
+
+void copy_past_caches(char* to, const char* from, std::size_t size, SimdPath) {
+  std::memcpy(to, from, size);
+}
+
+void publish() {}
+
 #endif
 
 }  // namespace
 
 void stream_copy(void* destination, const void* source, std::size_t size, SimdPath path) noexcept {
-#if defined(__x86_64__)
-  if (size >= kStreamingMinimum) {
-    char* to = static_cast<char*>(destination);
-    const char* from = static_cast<const char*>(source);
-    std::size_t head = (kLine - reinterpret_cast<std::uintptr_t>(to) % kLine) % kLine;
-    std::memcpy(to, from, head);
-    std::size_t lines = (size - head) / kLine;
-    copy_lines(to + head, from + head, lines, path);
-    std::size_t done = head + lines * kLine;
-    std::memcpy(to + done, from + done, size - done);
-    // Streaming stores are weakly ordered; a mutex alone would not publish them.
-    _mm_sfence();
+  if (size < kStreamingMinimum) {
+    if (size > 0) std::memcpy(destination, source, size);
     return;
   }
-#endif
-  static_cast<void>(path);
-  if (size > 0) std::memcpy(destination, source, size);
+  copy_past_caches(static_cast<char*>(destination), static_cast<const char*>(source), size, path);
+  publish();
+}
+
+void PendingCopies::add(void* destination, const void* source, std::size_t size) {
+  copies_.push_back({static_cast<char*>(destination), static_cast<const char*>(source), size});
+}
+
+void PendingCopies::take_turn() noexcept {
+  for (std::size_t done = 0; done < kTurn && next_ < copies_.size();) done += advance(kTurn - done);
+}
+
+void PendingCopies::finish() noexcept {
+  while (next_ < copies_.size()) advance(copies_[next_].size);
+  copies_.clear();
+  next_ = 0;
+  publish();
+}
+
+std::size_t PendingCopies::advance(std::size_t wanted) noexcept {
+  Copy& copy = copies_[next_];
+  // Up to the end of a line, which is written as a whole then.
+  const std::size_t size = std::min(
+      copy.size, wanted + lead_to_line(reinterpret_cast<std::uintptr_t>(copy.to) + wanted));
+  copy_past_caches(copy.to, copy.from, size, path_);
+  copy.to += size;
+  copy.from += size;
+  copy.size -= size;
+  if (copy.size == 0) ++next_;
+  return size;
 }
 
 }  // namespace pysnap

@@ -326,6 +326,11 @@ Rounds rounds_of(SimdPath path) noexcept {
   return rounds_portable;
 }
 
+Rounds best_rounds() noexcept {
+  static const Rounds rounds = rounds_of(best_simd_path());
+  return rounds;
+}
+
 u64 final_merge(const u64* acc, u64 result, std::size_t secret_offset) {
   for (std::size_t i = 0; i < kLanes; i += 2) {
     result += multiply_and_fold(acc[i] ^ secret64(secret_offset + i * 8),
@@ -334,12 +339,20 @@ u64 final_merge(const u64* acc, u64 result, std::size_t secret_offset) {
   return avalanche(result);
 }
 
-Digest hash_long(const u8* input, std::size_t size, Rounds rounds) {
+// `beside` may be null.
+Digest hash_long(const u8* input, std::size_t size, Rounds rounds, PendingCopies* beside) {
   u64 acc[kLanes] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
                      kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
   // The last block, full or not, is not scrambled, and its last stripe is the last 64 bytes of all.
   const std::size_t blocks = (size - 1) / kBlockSize;
-  rounds(acc, input, blocks);
+  if (beside == nullptr) {
+    rounds(acc, input, blocks);
+  } else {
+    for (std::size_t i = 0; i < blocks; ++i) {
+      rounds(acc, input + i * kBlockSize, 1);
+      beside->take_turn();
+    }
+  }
   const u8* const last_block = input + blocks * kBlockSize;
   const std::size_t stripes = (size - 1) % kBlockSize / kStripeSize;
   for (std::size_t n = 0; n < stripes; ++n) {
@@ -350,9 +363,10 @@ Digest hash_long(const u8* input, std::size_t size, Rounds rounds) {
           final_merge(acc, ~(size * kPrime64_2), kSecretSize - 75)};
 }
 
-Digest hash(const void* data, std::size_t size, Rounds rounds) noexcept {
+Digest hash(const void* data, std::size_t size, Rounds rounds,
+            PendingCopies* beside = nullptr) noexcept {
   const u8* const input = static_cast<const u8*>(data);
-  if (size > 240) return hash_long(input, size, rounds);
+  if (size > 240) return hash_long(input, size, rounds, beside);
   if (size > 128) return hash_129_to_240(input, size);
   if (size > 16) return hash_17_to_128(input, size);
   if (size > 8) return hash_9_to_16(input, size);
@@ -364,8 +378,11 @@ Digest hash(const void* data, std::size_t size, Rounds rounds) noexcept {
 }  // namespace
 
 Digest xxh3_128(const void* data, std::size_t size) noexcept {
-  static const Rounds rounds = rounds_of(best_simd_path());
-  return hash(data, size, rounds);
+  return hash(data, size, best_rounds());
+}
+
+Digest xxh3_128(const void* data, std::size_t size, PendingCopies& beside) noexcept {
+  return hash(data, size, best_rounds(), &beside);
 }
 
 Digest xxh3_128(const void* data, std::size_t size, SimdPath path) noexcept {

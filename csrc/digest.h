@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <string>
 
+#include "copy.h"
 #include "cpu.h"
 
 namespace pysnap {
@@ -25,6 +26,9 @@ inline bool operator!=(const Digest& a, const Digest& b) noexcept { return !(a =
 // The digest of `size` bytes at `data`, which needs no alignment and may be null if `size` is 0.
 // Reads memory and nothing else; any number of threads may call it at once.
 Digest xxh3_128(const void* data, std::size_t size) noexcept;
+
+// The same, and after every kilobyte of a long input `beside` takes a turn.
+Digest xxh3_128(const void* data, std::size_t size, PendingCopies& beside) noexcept;
 
 // The same value, computed on one path: for tests and benchmarks. A path that this CPU cannot run
 // is replaced by the portable one.

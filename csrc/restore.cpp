@@ -10,6 +10,7 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <utility>
 
 #include "buffer.h"
 #include "codec.h"
@@ -92,59 +93,82 @@ class OpenPack {
   std::atomic<std::uint64_t> read_in_place_{0};
 };
 
-// One thread's means: reads one chunk at a time and hands out its checked raw bytes.
+// One thread's means: reads one chunk at a time and hands out its checked raw bytes. What is to be
+// copied of them is copied while the next chunk is checked.
 class ChunkReader {
  public:
   ChunkReader(std::deque<OpenPack>& packs, const std::vector<StoredChunk>& chunks,
               std::size_t largest, std::shared_ptr<const Zstd> zstd)
       : packs_(packs),
         chunks_(chunks),
-        decoder_(std::move(zstd)),
+        zstd_(std::move(zstd)),
         stored_(make_buffer(largest)),
-        raw_(make_buffer(largest)) {}
+        raw_(make_buffer(largest)),
+        raw_before_(make_buffer(largest)) {}
 
-  // Calls use(raw bytes) once the bytes are checked. Throws Error(kCorrupt) or Error(kIo).
+  // Calls use(raw bytes, copies) once the bytes are checked; they stay for what it adds to the
+  // copies, until finish() or the end of the next read(). Throws Error(kCorrupt), also for the
+  // chunk before, or Error(kIo).
   template <typename Use>
   void read(std::size_t index, Use use) {
     const StoredChunk& chunk = chunks_[index];
     trace::Scope scope(trace::Phase::kRead, chunk.raw);
     OpenPack& pack = packs_[chunk.pack];
-    auto damage = [&](const char* what) {
-      return Error::corrupt(pack.path(), static_cast<std::int64_t>(index), what);
-    };
-    const std::size_t padded = round_up(chunk.stored, kPageSize);
     pack.check();
+    std::swap(raw_, raw_before_);
+    const bool encoded = chunk.encoding == Encoding::kPlanes;
     // Not for a decoder: the bytes of a file may change under it.
-    const std::uint8_t* in_place =
-        chunk.encoding == Encoding::kRaw ? pack.in_place(chunk.offset, padded) : nullptr;
-    if (in_place == nullptr && !pack.read(stored_.get(), padded, chunk.offset))
-      throw damage("the file ends before it");
-    const std::uint8_t* stored = in_place != nullptr ? in_place : stored_.get();
-    if (std::any_of(stored + chunk.stored, stored + padded,
+    const std::uint8_t* in_place = encoded ? nullptr : pack.in_place(chunk.offset, padded(chunk));
+    const Buffer& buffer = encoded ? stored_ : raw_;
+    if (in_place == nullptr && !pack.read(buffer.get(), padded(chunk), chunk.offset))
+      throw damage(index, "the file ends before it");
+    const std::uint8_t* raw = in_place != nullptr ? in_place : buffer.get();
+    if (std::any_of(raw + chunk.stored, raw + padded(chunk),
                     [](std::uint8_t byte) { return byte != 0; })) {
-      throw damage("the bytes behind it are not zero");
+      throw damage(index, "the bytes behind it are not zero");
     }
-    const std::uint8_t* raw = stored;
-    if (chunk.encoding == Encoding::kPlanes) {
-      if (!decoder_.decode(chunk.element, stored, chunk.stored, raw_.get(), chunk.raw))
-        throw damage("it cannot be decoded");
+    if (encoded) {
+      // It has tables and memory of its own, which raw chunks do without.
+      if (!decoder_) decoder_.emplace(zstd_);
+      if (!decoder_->decode(chunk.element, stored_.get(), chunk.stored, raw_.get(), chunk.raw))
+        throw damage(index, "it cannot be decoded");
       raw = raw_.get();
     }
-    if (xxh3_128(raw, chunk.raw) != chunk.digest)
-      throw damage("its bytes do not match their digest");
+    const Digest digest = xxh3_128(raw, chunk.raw, copies_);
+    finish();
+    if (digest != chunk.digest) throw damage(index, "its bytes do not match their digest");
+    if (in_place != nullptr) in_place_ = index;
     scope.next(trace::Phase::kPut, chunk.raw);
-    use(raw);
-    if (in_place == nullptr) return;
-    if (pack.lost()) throw damage("the file was cut short, or could not be read, meanwhile");
-    pack.release(padded);
+    use(raw, copies_);
+  }
+
+  // Makes the copies that are left. Throws Error(kCorrupt).
+  void finish() {
+    copies_.finish();
+    if (!in_place_) return;
+    const std::size_t index = *std::exchange(in_place_, std::nullopt);
+    OpenPack& pack = packs_[chunks_[index].pack];
+    if (pack.lost()) throw damage(index, "the file was cut short, or could not be read, meanwhile");
+    pack.release(padded(chunks_[index]));
   }
 
  private:
+  static std::size_t padded(const StoredChunk& chunk) { return round_up(chunk.stored, kPageSize); }
+
+  Error damage(std::size_t index, const char* what) const {
+    return Error::corrupt(packs_[chunks_[index].pack].path(), static_cast<std::int64_t>(index),
+                          what);
+  }
+
   std::deque<OpenPack>& packs_;
   const std::vector<StoredChunk>& chunks_;
-  PlanesDecoder decoder_;
+  const std::shared_ptr<const Zstd> zstd_;
+  std::optional<PlanesDecoder> decoder_;
   Buffer stored_;
   Buffer raw_;
+  Buffer raw_before_;
+  PendingCopies copies_;                 // of the chunk before
+  std::optional<std::size_t> in_place_;  // that chunk, where it is read in the page cache
 };
 
 // The chunk table comes from a file: nothing in it is believed before it is checked here.
@@ -201,17 +225,18 @@ class Uploads {
     if (pool_ != nullptr) pool_->stop();
   }
 
-  // Any thread may call it. `raw` is not needed any more when it returns; false if `stopped` ended
-  // it. Throws Error(kDevice), also for a chunk before this one.
+  // Any thread may call it. What goes to the host is added to `copies`; for the rest, `raw` is not
+  // needed any more when it returns. False if `stopped` ended it. Throws Error(kDevice), also for a
+  // chunk before this one.
   bool start(const std::uint8_t* raw, std::size_t size, const std::vector<Piece>& pieces,
-             const Interrupted& stopped) {
+             PendingCopies& copies, const Interrupted& stopped) {
     std::map<Device*, std::vector<Place>> uploads;
     for (const Piece& piece : pieces) {
-      const Place place{piece.address, piece.offset, piece.length};
       if (piece.index == kHost) {
-        piece.device->write(raw, {place});
+        copies.add(reinterpret_cast<void*>(static_cast<std::uintptr_t>(piece.address)),
+                   raw + piece.offset, piece.length);
       } else {
-        uploads[piece.device].push_back(place);
+        uploads[piece.device].push_back({piece.address, piece.offset, piece.length});
       }
     }
     if (uploads.empty()) return true;
@@ -324,7 +349,10 @@ bool for_each_chunk(
       ChunkReader reader = make_reader();
       while (!stop) {
         const std::size_t i = next++;
-        if (i >= count) return;
+        if (i >= count) {
+          reader.finish();
+          return;
+        }
         if (stopped()) return;
         if (!handle(reader, i, stopped)) stop = true;
       }
@@ -398,8 +426,9 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
              needed.size(), threads, [&] { return ChunkReader(opened, chunks, largest, zstd); },
              [&](ChunkReader& reader, std::size_t i, const Interrupted& stopped) {
                bool started = true;
-               reader.read(needed[i], [&](const std::uint8_t* raw) {
-                 started = uploads.start(raw, chunks[needed[i]].raw, pieces[needed[i]], stopped);
+               reader.read(needed[i], [&](const std::uint8_t* raw, PendingCopies& copies) {
+                 started =
+                     uploads.start(raw, chunks[needed[i]].raw, pieces[needed[i]], copies, stopped);
                });
                return started;
              },
@@ -419,7 +448,8 @@ std::vector<Damage> verify(const std::vector<PackFile>& packs,
       chunks.size(), threads, [&] { return ChunkReader(opened, chunks, largest, zstd); },
       [&](ChunkReader& reader, std::size_t i, const Interrupted&) {
         try {
-          reader.read(i, [](const std::uint8_t*) {});
+          reader.read(i, [](const std::uint8_t*, PendingCopies&) {});
+          reader.finish();
         } catch (const Error& error) {
           if (error.kind() == ErrorKind::kInvalid) throw;
           std::lock_guard<std::mutex> lock(mutex);

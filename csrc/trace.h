@@ -20,8 +20,8 @@ enum class Phase : std::uint8_t {
   kLand,    // waiting for a device's copy of a chunk
   kEncode,  // digest and planes of a chunk
   kWrite,   // a chunk into the pack
-  kRead,    // a chunk out of a pack, decoded and checked
-  kPut,     // a chunk into its targets
+  kRead,    // a chunk out of a pack, decoded and checked; the one before is copied meanwhile
+  kPut,     // a chunk handed to its targets
   kMap,     // staging memory is mapped and touched
 };
 // The name of every phase, in order.

@@ -111,6 +111,25 @@ TEST(equals_the_reference_at_every_short_size) {
   }
 }
 
+TEST(what_takes_turns_beside_a_digest_changes_nothing_of_it_and_comes_as_far) {
+  constexpr std::size_t kBlock = 1024;
+  const std::vector<std::uint8_t> bytes = pattern(70 * kBlock);
+  for (const Vector& vector : kVectors) {
+    if (vector.size > bytes.size()) continue;
+    std::vector<std::uint8_t> copied(bytes.size());
+    pysnap::PendingCopies copies;
+    copies.add(copied.data(), bytes.data(), bytes.size());
+    CHECK_EQ(to_hex(xxh3_128(bytes.data(), vector.size, copies)), vector.hex);
+    const auto end = std::mismatch(copied.begin(), copied.end(), bytes.begin()).first;
+    const std::size_t turns = vector.size > 240 ? (vector.size - 1) / kBlock : 0;
+    const std::size_t reached = static_cast<std::size_t>(end - copied.begin());
+    // Up to the end of a line, and what happens to be equal.
+    CHECK(reached >= turns * kBlock && reached < turns * kBlock + 80);
+    copies.finish();
+    CHECK(copied == bytes);
+  }
+}
+
 TEST(no_bytes_need_no_address) { CHECK_EQ(to_hex(xxh3_128(nullptr, 0)), kVectors[0].hex); }
 
 TEST(a_path_that_this_cpu_lacks_is_computed_portably) {
