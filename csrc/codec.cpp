@@ -36,8 +36,6 @@ constexpr double kEntropyWorthCoding = 7.5;
 constexpr double kEntropyWithoutMatches = 6;
 // Above it, a code saves little over seven bits, and takes longer.
 constexpr double kEntropyOfSevenBits = 6.3;
-// Elements that are split at a time, so that all their planes are taken while they are in a cache.
-constexpr std::size_t kTile = 4096;
 
 bool is_float(Element element) { return element >= Element::kF16; }
 
@@ -167,7 +165,8 @@ PlanesEncoder::Methods PlanesEncoder::choose(const Block& block) const {
   const std::size_t run = std::min(kSampleRunLength, block.count);
   for (std::size_t r = 0; r < kSampleRuns; ++r) {
     const std::size_t start = (block.count - run) * r / (kSampleRuns - 1);
-    split_planes(block.element, block.raw + start * width, run, samples.data() + r * run, kSampled);
+    split_planes(block.element, block.raw + start * width, run, {0, width},
+                 samples.data() + r * run, kSampled);
   }
   Methods methods{};
   for (std::size_t p = 0; p < width; ++p)
@@ -225,12 +224,7 @@ bool PlanesEncoder::encode_block(Element element, const std::uint8_t* raw, std::
     while (last < width && methods[last] == kMethodRaw) ++last;
     const std::size_t size = (last - p) * block.count;
     if (size > out.left()) return false;
-    for (std::size_t i = 0; i < block.count; i += kTile) {
-      for (std::size_t k = p; k < last; ++k) {
-        split_plane(element, raw + i * width, std::min(kTile, block.count - i), k,
-                    out.next() + (k - p) * block.count + i);
-      }
-    }
+    split_planes(element, raw, block.count, {p, last}, out.next(), block.count);
     out.advance(size);
     for (; p < last; ++p) {
       out.at(entries + p * kEntry)[0] = kMethodRaw;
@@ -259,7 +253,7 @@ std::uint8_t PlanesEncoder::choose(Element element, const std::uint8_t* sample,
 bool PlanesEncoder::encode_plane(const Block& block, std::size_t p, std::uint8_t method,
                                  Output& out, std::size_t entry) {
   const std::size_t start = out.used();
-  split_plane(block.element, block.raw, block.count, p, plane_.data());
+  split_planes(block.element, block.raw, block.count, {p, p + 1}, plane_.data(), block.count);
   method = encode_plane(method, plane_.data(), block.count, out);
   if (method == kMethodRaw && !out.append(plane_.data(), block.count)) return false;
   out.at(entry)[0] = method;

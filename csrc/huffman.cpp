@@ -25,7 +25,7 @@ constexpr std::size_t kHeader = kStreamSizes + 4 * kStreams;
 
 // Of a large plane, one piece in so many is counted: all would take as long as the encoding.
 constexpr std::size_t kPiece = 64;
-constexpr std::size_t kCountedPieces = 16;
+constexpr std::size_t kCountedPieces = 32;
 constexpr std::size_t kCountedWhole = std::size_t{1} << 14;
 // Where the sample shows fewer symbols, an escape would cost a large part of a bit.
 constexpr std::size_t kFewSymbols = 8;
@@ -312,6 +312,53 @@ PYSNAP_VBMI inline void transpose(__m512i (&rows)[8]) {
   }
 }
 
+// The codes of eight symbols of each stream, in words of 64 bits: the first four and the last four.
+struct EightCodes {
+  __m512i first, length_of_first;
+  __m512i last, length_of_last;
+
+  // All eight, where they fit in a word.
+  PYSNAP_VBMI __m512i codes() const {
+    return _mm512_or_si512(first, _mm512_sllv_epi64(last, length_of_first));
+  }
+  PYSNAP_VBMI __m512i length() const { return _mm512_add_epi64(length_of_first, length_of_last); }
+};
+
+// From what Symbols has for each of them.
+PYSNAP_VBMI inline EightCodes merge_codes(__m512i low, __m512i high) {
+  const __m512i low_byte = _mm512_set1_epi16(0x00FF);
+  const __m512i low_three = _mm512_set1_epi16(0x0700);
+  const __m512i low_four = _mm512_set1_epi16(0x000F);
+  const __m512i low_word = _mm512_set1_epi32(0xFFFF);
+  const __m512i low_half = _mm512_set1_epi64(0xFFFFFFFF);
+  // Codes and lengths of even and odd symbols, in words of 16 bits.
+  const __m512i even_code = _mm512_or_si512(
+      _mm512_and_si512(low, low_byte), _mm512_and_si512(_mm512_slli_epi16(high, 8), low_three));
+  const __m512i odd_code =
+      _mm512_or_si512(_mm512_srli_epi16(low, 8), _mm512_and_si512(high, low_three));
+  const __m512i even_length = _mm512_and_si512(_mm512_srli_epi16(high, 3), low_four);
+  const __m512i odd_length = _mm512_and_si512(_mm512_srli_epi16(high, 11), low_four);
+  // Of each four symbols: the first pair and the second, in words of 32 bits.
+  const __m512i first_pair =
+      _mm512_or_si512(_mm512_and_si512(even_code, low_word),
+                      _mm512_sllv_epi32(_mm512_and_si512(odd_code, low_word),
+                                        _mm512_and_si512(even_length, low_word)));
+  const __m512i second_pair = _mm512_or_si512(
+      _mm512_srli_epi32(even_code, 16),
+      _mm512_sllv_epi32(_mm512_srli_epi32(odd_code, 16), _mm512_srli_epi32(even_length, 16)));
+  const __m512i pair_length = _mm512_add_epi16(even_length, odd_length);
+  const __m512i first_length = _mm512_and_si512(pair_length, low_word);
+  const __m512i four_length = _mm512_add_epi32(first_length, _mm512_srli_epi32(pair_length, 16));
+  const __m512i first =
+      _mm512_or_si512(_mm512_and_si512(first_pair, low_half),
+                      _mm512_sllv_epi64(_mm512_and_si512(second_pair, low_half),
+                                        _mm512_and_si512(first_length, low_half)));
+  const __m512i last = _mm512_or_si512(
+      _mm512_srli_epi64(first_pair, 32),
+      _mm512_sllv_epi64(_mm512_srli_epi64(second_pair, 32), _mm512_srli_epi64(first_length, 32)));
+  return {first, _mm512_and_si512(four_length, low_half), last, _mm512_srli_epi64(four_length, 32)};
+}
+
 // Writes the first `pieces` pieces of every segment, one stream in each lane, and marks those that
 // have an escape: escaped[stream * pieces_per_segment + piece].
 PYSNAP_VBMI void write_pieces_vbmi(Writers& writers, const Symbols& symbols,
@@ -320,24 +367,32 @@ PYSNAP_VBMI void write_pieces_vbmi(Writers& writers, const Symbols& symbols,
                                    std::size_t pieces_per_segment) {
   const ByteTable low_table(symbols.low());
   const ByteTable high_table(symbols.high());
-  const __m512i low_byte = _mm512_set1_epi16(0x00FF);
-  const __m512i low_three = _mm512_set1_epi16(0x0700);
-  const __m512i low_four = _mm512_set1_epi16(0x000F);
-  const __m512i low_word = _mm512_set1_epi32(0xFFFF);
-  const __m512i low_half = _mm512_set1_epi64(0xFFFFFFFF);
   __m512i bits = _mm512_setzero_si512();
   __m512i count = _mm512_setzero_si512();
+  __m512i flags = _mm512_setzero_si512();
   alignas(64) std::uint64_t words[kStreams];
   alignas(64) std::uint64_t bytes[kStreams];
   std::uint8_t* next[kStreams];
   for (std::size_t s = 0; s < kStreams; ++s) next[s] = writers[s].next;
 
-  const auto append = [&](__m512i code, __m512i length) PYSNAP_VBMI {
-    bits = _mm512_or_si512(bits, _mm512_sllv_epi64(code, count));
+  const auto look_up = [&](__m512i row) PYSNAP_VBMI {
+    const __mmask64 upper = _mm512_movepi8_mask(row);
+    const __m512i high = high_table.look_up(row, upper);
+    flags = _mm512_or_si512(flags, high);
+    return merge_codes(low_table.look_up(row, upper), high);
+  };
+  // With the 7 bits that may wait, so many fit in a word.
+  const auto fits = [](__m512i length) PYSNAP_VBMI {
+    return _mm512_cmpgt_epu64_mask(length, _mm512_set1_epi64(56)) == 0;
+  };
+  const auto append = [&](__m512i codes, __m512i length) PYSNAP_VBMI {
+    bits = _mm512_or_si512(bits, _mm512_sllv_epi64(codes, count));
     count = _mm512_add_epi64(count, length);
     const __m512i whole = _mm512_srli_epi64(count, 3);
     _mm512_store_si512(words, bits);
     _mm512_store_si512(bytes, whole);
+    // GCC would take each word out of the registers instead, by the units that shift.
+    asm("" : "+m"(words), "+m"(bytes));
     for (std::size_t s = 0; s < kStreams; ++s) {
       std::memcpy(next[s], &words[s], 8);
       next[s] += bytes[s];
@@ -345,57 +400,31 @@ PYSNAP_VBMI void write_pieces_vbmi(Writers& writers, const Symbols& symbols,
     bits = _mm512_srlv_epi64(bits, _mm512_slli_epi64(whole, 3));
     count = _mm512_and_si512(count, _mm512_set1_epi64(7));
   };
-
   for (std::size_t piece = 0; piece < pieces; ++piece) {
     __m512i rows[8];
     for (std::size_t s = 0; s < kStreams; ++s)
       rows[s] = _mm512_loadu_si512(plane + s * segment + piece * kPiece);
     transpose(rows);
-    __m512i flags = _mm512_setzero_si512();
-    for (const __m512i& row : rows) {
-      const __mmask64 upper = _mm512_movepi8_mask(row);
-      const __m512i low = low_table.look_up(row, upper);
-      const __m512i high = high_table.look_up(row, upper);
-      flags = _mm512_or_si512(flags, high);
-      // Codes and lengths of even and odd symbols, in words of 16 bits.
-      const __m512i even_code = _mm512_or_si512(
-          _mm512_and_si512(low, low_byte), _mm512_and_si512(_mm512_slli_epi16(high, 8), low_three));
-      const __m512i odd_code =
-          _mm512_or_si512(_mm512_srli_epi16(low, 8), _mm512_and_si512(high, low_three));
-      const __m512i even_length = _mm512_and_si512(_mm512_srli_epi16(high, 3), low_four);
-      const __m512i odd_length = _mm512_and_si512(_mm512_srli_epi16(high, 11), low_four);
-      // Of each four symbols: the first pair and the second, in words of 32 bits.
-      const __m512i first_pair =
-          _mm512_or_si512(_mm512_and_si512(even_code, low_word),
-                          _mm512_sllv_epi32(_mm512_and_si512(odd_code, low_word),
-                                            _mm512_and_si512(even_length, low_word)));
-      const __m512i second_pair = _mm512_or_si512(
-          _mm512_srli_epi32(even_code, 16),
-          _mm512_sllv_epi32(_mm512_srli_epi32(odd_code, 16), _mm512_srli_epi32(even_length, 16)));
-      const __m512i pair_length = _mm512_add_epi16(even_length, odd_length);
-      const __m512i first_length = _mm512_and_si512(pair_length, low_word);
-      const __m512i four_length =
-          _mm512_add_epi32(first_length, _mm512_srli_epi32(pair_length, 16));
-      // The first four symbols of a stream and the last, in words of 64 bits.
-      const __m512i first_four =
-          _mm512_or_si512(_mm512_and_si512(first_pair, low_half),
-                          _mm512_sllv_epi64(_mm512_and_si512(second_pair, low_half),
-                                            _mm512_and_si512(first_length, low_half)));
-      const __m512i last_four =
-          _mm512_or_si512(_mm512_srli_epi64(first_pair, 32),
-                          _mm512_sllv_epi64(_mm512_srli_epi64(second_pair, 32),
-                                            _mm512_srli_epi64(first_length, 32)));
-      const __m512i length_of_first = _mm512_and_si512(four_length, low_half);
-      const __m512i length_of_last = _mm512_srli_epi64(four_length, 32);
-      const __m512i length = _mm512_add_epi64(length_of_first, length_of_last);
-      if (__builtin_expect(_mm512_cmpgt_epu64_mask(length, _mm512_set1_epi64(56)) == 0, 1)) {
-        append(_mm512_or_si512(first_four, _mm512_sllv_epi64(last_four, length_of_first)), length);
+    flags = _mm512_setzero_si512();
+    for (std::size_t i = 0; i < 8; i += 2) {
+      const EightCodes a = look_up(rows[i]), b = look_up(rows[i + 1]);
+      const __m512i a_codes = a.codes(), a_length = a.length();
+      const __m512i b_codes = b.codes(), b_length = b.length();
+      // Mostly, one append is enough for sixteen symbols: a sixth of the time less.
+      const __m512i length = _mm512_add_epi64(a_length, b_length);
+      if (__builtin_expect(fits(length), 1)) {
+        append(_mm512_or_si512(a_codes, _mm512_sllv_epi64(b_codes, a_length)), length);
+      } else if (__builtin_expect(fits(_mm512_max_epu64(a_length, b_length)), 1)) {
+        append(a_codes, a_length);
+        append(b_codes, b_length);
       } else {
-        append(first_four, length_of_first);
-        append(last_four, length_of_last);
+        append(a.first, a.length_of_first);
+        append(a.last, a.length_of_last);
+        append(b.first, b.length_of_first);
+        append(b.last, b.length_of_last);
       }
     }
-    __mmask64 any = _mm512_movepi8_mask(flags);
+    const __mmask64 any = _mm512_movepi8_mask(flags);
     if (any != 0) {
       for (std::size_t s = 0; s < kStreams; ++s)
         escaped[s * pieces_per_segment + piece] = (any >> 8 * s & 0xFF) != 0;

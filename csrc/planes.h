@@ -10,14 +10,16 @@
 
 namespace pysnap {
 
-// The i-th byte of plane p goes to planes[p * stride + i]; `count` elements. `path` is one that
-// this CPU runs.
-void split_planes(Element element, const std::uint8_t* raw, std::size_t count, std::uint8_t* planes,
-                  std::size_t stride, SimdPath path = best_simd_path());
+// The planes from `first` to before `last`.
+struct PlaneRange {
+  std::size_t first;
+  std::size_t last;
+};
 
-// Plane `p` alone.
-void split_plane(Element element, const std::uint8_t* raw, std::size_t count, std::size_t p,
-                 std::uint8_t* plane, SimdPath path = best_simd_path());
+// The i-th byte of plane p goes to planes[(p - range.first) * stride + i]; `count` elements. `path`
+// is one that this CPU runs.
+void split_planes(Element element, const std::uint8_t* raw, std::size_t count, PlaneRange range,
+                  std::uint8_t* planes, std::size_t stride, SimdPath path = best_simd_path());
 
 // The inverse. planes[p] points to `count` bytes.
 void merge_planes(Element element, const std::uint8_t* const* planes, std::size_t count,
