@@ -10,6 +10,7 @@ namespace pysnap {
 
 // Offsets, lengths and addresses of direct I/O are multiples of this.
 constexpr std::size_t kPageSize = 4096;
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
 constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;

@@ -19,7 +19,6 @@ namespace {
 // Large enough for huge pages and few mappings, small enough that the first slots are ready at
 // once.
 constexpr std::size_t kRegionSize = std::size_t{32} << 20;
-constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
 // The kernel zeroes 2 to 4 GB/s in one thread.
 constexpr unsigned kMostTouchers = 4;
