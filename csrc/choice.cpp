@@ -18,6 +18,10 @@ constexpr unsigned kLeastBeforeTurn = 4;
 constexpr double kShareOfTrials = 0.02;
 // A chunk counts so much against all before it: a disk that turns slow is seen after some.
 constexpr double kWeight = 0.1;
+// Encoding alone may take so much of a raw chunk's time. Encoders take time of the cores, do not
+// write while the step copies, and make reading longer: on a disk that is not much slower than they
+// are, all that buys a little.
+constexpr double kQuick = 1.0 / 20;
 // How much longer it may take to have smaller files.
 constexpr double kTolerance = 1.02;
 
@@ -41,6 +45,8 @@ void Choice::learn(Element element, bool encoded, std::size_t size, double encod
   // One that began before the way was changed.
   if (encoded != learnt.encodes) return;
   const double now = seconds / static_cast<double>(size);
+  if (encoded)
+    learnt.encoding += kWeight * (encoding / static_cast<double>(size) - learnt.encoding);
   const double other = learnt.ways[!learnt.encodes];
   const bool is_trial = learnt.stage == Stage::kTrial;
   if (is_trial) learnt.spared -= std::max(0.0, now - other) * static_cast<double>(size);
@@ -51,7 +57,9 @@ void Choice::learn(Element element, bool encoded, std::size_t size, double encod
   way += kWeight * (now - way);
   learnt.spared = std::min(learnt.spared + kShareOfTrials * seconds, seconds * kTrial);
   const unsigned judged = learnt.chunks - workers_;
-  const bool is_longer = prefers_encoded(learnt) != learnt.encodes;
+  // That the disk is not slow any more shows in the encoded way, too.
+  const bool is_longer = prefers_encoded(learnt) != learnt.encodes ||
+                         (learnt.encodes && learnt.encoding > 2 * kQuick * way);
   const bool is_due = judged >= kLeastBetweenTrials * workers_ && learnt.spared > 0;
   if (is_due || (is_longer && judged >= kLeastBeforeTurn * workers_)) try_other(learnt);
 }
@@ -66,7 +74,7 @@ void Choice::learn_probe(Learnt& learnt, bool encoded, double encoding, double s
     return;
   }
   if (raw > 0) learnt.spared -= std::max(0.0, seconds - raw * bytes);
-  learnt.ways[true] = encoding / bytes;
+  learnt.encoding = learnt.ways[true] = encoding / bytes;
   learnt.is_least = true;
   if (raw == 0) return go(learnt, false, Stage::kTrial);
   follow(learnt);
@@ -96,7 +104,8 @@ void Choice::follow(Learnt& learnt) {
 }
 
 bool Choice::prefers_encoded(const Learnt& learnt) {
-  return learnt.ways[true] <= kTolerance * learnt.ways[false];
+  const double raw = learnt.ways[false];
+  return learnt.encoding <= kQuick * raw && learnt.ways[true] <= kTolerance * raw;
 }
 
 void Choice::try_other(Learnt& learnt) {

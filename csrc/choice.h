@@ -9,15 +9,15 @@
 namespace pysnap {
 
 // Learns how long a worker takes for a byte when all workers encode, and when all write raw, and
-// goes the shorter way: raw where the disk is faster than encoders on the cores that training
-// leaves, encoded where it is slower, and where both take as long, for the files are smaller.
+// goes the shorter way: raw unless the disk is much slower than encoders on the cores that training
+// leaves, else encoded, also where both take as long, for the files are smaller.
 //
-// Where encoding alone takes longer than all of a raw chunk does, encoding cannot be the shorter
-// way: one chunk shows that, the probe. Otherwise all go the other way for some chunks before it is
-// judged, as they share the disk and the cores: a worker alone that encodes would pay for it, and
-// the others have what it spares of the disk. Chunks of one element type are alike, so each type is
-// learnt by itself. The other way is tried again now and then, so seldom that it costs a fiftieth
-// of the time. Not thread safe.
+// Whether encoding alone takes a small part of what all of a raw chunk does, one chunk shows: the
+// probe. Where it does, all go the other way for some chunks before it is judged, as they share the
+// disk and the cores: a worker alone that encodes would pay for it, and the others have what it
+// spares of the disk. Chunks of one element type are alike, so each type is learnt by itself. The
+// other way is tried again now and then, so seldom that it costs a fiftieth of the time. Not thread
+// safe.
 class Choice {
  public:
   explicit Choice(unsigned workers) : workers_(workers) {}
@@ -35,6 +35,7 @@ class Choice {
   struct Learnt {
     // Seconds per byte, raw and encoded; 0 is not known yet.
     std::array<double, 2> ways{};
+    double encoding = 0;   // the part of the encoded way that is not writing
     bool is_least = true;  // the encoded way takes so long at least: a probe showed it
     bool encodes = false;  // the way that is gone now
     Stage stage = Stage::kProbe;

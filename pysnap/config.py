@@ -147,8 +147,8 @@ SETTINGS = (
         _one_of("auto", "none", "fast", "small"),
         "auto",
         "auto",
-        "which chunks are encoded: `auto` (those that are written as soon so), `fast` (all), "
-        "`small` (all, for the smallest files, at a fraction of the speed), `none`",
+        "which chunks are encoded: `auto` (where the disk is much slower than the encoder), "
+        "`fast` (all), `small` (all, for the smallest files, at a fraction of the speed), `none`",
     ),
     Setting(
         "chunk_size",
