@@ -129,7 +129,8 @@ class Stager:
         eager = plan.eager if overlap else len(plan.spans)
         job = self._engine.begin(plan.extents, plan.spans, eager)
         waiting = planned.waiting() if eager < len(plan.spans) else []
-        return Capture(planned, waiting, job, self._chunk_size)
+        is_short = bool(waiting) and eager < 2
+        return Capture(planned, waiting, job, self._chunk_size, is_short=is_short)
 
     def _tell_pageable(self) -> None:
         why = self._engine.why_pageable()
@@ -276,18 +277,26 @@ class Capture:
     committing one; they run side by side."""
 
     def __init__(
-        self, planned: _Planned, waiting: list[torch.Tensor], job: _engine.Job, chunk_size: int
+        self,
+        planned: _Planned,
+        waiting: list[torch.Tensor],
+        job: _engine.Job,
+        chunk_size: int,
+        *,
+        is_short: bool,
     ) -> None:
-        """`waiting` are the tensors that are copied after `copy`."""
+        """`waiting` are the tensors that are copied after `copy`, which `is_short` where it copies
+        a chunk at most."""
         self._tree = planned.tree
         self._records = planned.plan.records
         # The memory, too: a program gives a tensor another one by `tensor.data = ...`.
         self._keep = [planned.plan.keep, *map(torch.Tensor.untyped_storage, waiting)]
         self._devices = planned.plan.devices
-        self._raw = planned.plan.spans["raw"].astype(np.uint64)
+        self._spans = planned.plan.spans
         self._job = job
         self._chunk_size = chunk_size
         self._guard = _Guard(waiting, planned.name_of)
+        self._is_short = is_short
         self._copied = threading.Event()
         self.staged_at = math.inf
         """When every byte was in staging memory, by the monotonic clock; set by then."""
@@ -337,6 +346,13 @@ class Capture:
             self._guard.look()
         return staged
 
+    def let_pass(self) -> None:
+        """Wait until `copy` has returned where that waits for no slot, and so for nothing that is
+        written. The training thread needs the GIL to return, for which it waits up to 5 ms when
+        another thread runs Python."""
+        if self._is_short:
+            self._copied.wait()
+
     def write(
         self, directory: Path, *, step: int, sequence: int, metadata: dict[str, Any]
     ) -> Manifest:
@@ -351,6 +367,20 @@ class Capture:
         self._copied.wait()
         self._guard.settle()
         self._keep = []
+        manifest = Manifest(
+            id=uuid.uuid4().hex,
+            step=step,
+            sequence=sequence,
+            created="",
+            tree=self._tree,
+            tensors=self._records,
+            chunk_size=self._chunk_size,
+            packs=[],
+            chunks=np.empty(0, dtype=_engine.CHUNK),
+            metadata=metadata,
+        )
+        with trace.span("describe"):
+            manifest.prepare()
         try:
             with trace.span("wait until written"):
                 self._job.wait_written()
@@ -358,23 +388,14 @@ class Capture:
             raise TornError(_torn(self._names_in(getattr(error, "chunk", 0)))) from None
         with trace.span("make pack durable"):
             chunks, size = self._job.finish()
-        return Manifest(
-            id=uuid.uuid4().hex,
-            step=step,
-            sequence=sequence,
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            tree=self._tree,
-            tensors=self._records,
-            chunk_size=self._chunk_size,
-            packs=[("0.pack", size)],
-            chunks=chunks,
-            metadata=metadata,
-        )
+        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        return manifest.completed(created, [("0.pack", size)], chunks)
 
     def _names_in(self, chunk: int) -> str:
         """Some of the tensors that have bytes in a chunk."""
-        start = int(self._raw[:chunk].sum())
-        end = start + int(self._raw[chunk])
+        raw = self._spans["raw"]
+        start = int(raw[:chunk].sum(dtype=np.uint64))
+        end = start + int(raw[chunk])
         places = sorted((self._records[index].at, path) for path, index in tree.leaves(self._tree))
         before = [path for at, path in places if at <= start][-1:]
         inside = [path for at, path in places if start < at < end]

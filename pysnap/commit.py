@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ from pysnap.observers import Failure, Observers, SnapshotInfo
 from pysnap.repository import Repository, Snapshot
 from pysnap.retention import Keep, Verdict, plan
 from pysnap.retries import Backoff, lacks_space
+from pysnap.threads import RefusedError, Threads
 
 _log = logging.getLogger("pysnap")
 
@@ -56,6 +58,7 @@ class Handle:
         self._stall = 0.0
         self._staged = threading.Event()  # set after _stall
         self._done = threading.Event()  # set after _error or _info
+        self._claim = threading.Lock()  # held, for good, by who tells how it ended
         self._capture: Capture | None = None
         self._error: BaseException | None = None
         self._info: SnapshotInfo | None = None
@@ -142,7 +145,7 @@ class Handle:
 
 
 class Committer:
-    """Commits one capture at a time, each in a thread of its own. `take`, `wait_idle` and `close`
+    """Commits one capture at a time, in the background. `take`, `wait_idle` and `close`
     belong to the training thread; `stats` may be called by any."""
 
     def __init__(
@@ -159,7 +162,8 @@ class Committer:
         self._observers = observers
         self.backoff = backoff
         """Looked at while no snapshot is in flight."""
-        self._threads: list[threading.Thread] = []  # the last may still tell the observers
+        # Several: the one of the last capture may still tell the observers.
+        self._threads = Threads("pysnap-commit")
         self.newest: Handle | None = None
         """The snapshot that was asked for last."""
         self.parent: str | None = None
@@ -185,10 +189,7 @@ class Committer:
         A failure is the handle's, not the caller's, also where memory or threads are refused. What
         is raised here is not pysnap's: Ctrl-C, or another exception of somebody's `state_dict`.
         """
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
         capture: Capture | None = None
-        thread: threading.Thread | None = None
-        starting = False
         # Ctrl-C may come at any line of this: whatever waits for the capture must be told.
         try:
             self._taking = True
@@ -200,26 +201,15 @@ class Committer:
             check_spare_memory()
             capture = begin()
             handle._capture = capture
-            thread = threading.Thread(
-                target=self._run, args=(handle, capture, metadata, notes), name="pysnap-commit"
-            )
-            starting = True
-            self._start(thread)
-            starting = False
+            self._start(functools.partial(self._run, handle, capture, metadata, notes))
             capture.copy()
         except BaseException as error:
             if capture is not None:
                 capture.abort()
-            if thread is None or thread.ident is None:
+            # The committing thread, if it has begun, is told by the capture.
+            if handle._claim.acquire(blocking=False):
                 self._fail(handle, error)
-            # From a signal handler, one may come while the thread is there already.
-            no_thread = (
-                starting
-                and thread is not None
-                and thread.ident is None
-                and isinstance(error, RuntimeError)
-            )
-            if not (no_thread or isinstance(error, (Error, MemoryError))):
+            if not isinstance(error, (Error, MemoryError, RefusedError)):
                 handle._told = True
                 raise
         finally:
@@ -227,11 +217,8 @@ class Committer:
             handle._staged.set()
             self._taking = False
 
-    def _start(self, thread: threading.Thread) -> None:
-        # No daemon: the interpreter waits for it at exit, so that the snapshot becomes durable.
-        thread.daemon = False
-        thread.start()
-        self._threads.append(thread)
+    def _start(self, run: Callable[[], object]) -> None:
+        self._threads.start(run)
 
     def wait_idle(self) -> None:
         """Wait until the snapshot in flight is durable or has failed. Raises Error where that one
@@ -258,14 +245,13 @@ class Committer:
 
     def is_current_thread(self) -> bool:
         """Whether the calling thread commits a snapshot."""
-        return threading.current_thread() in self._threads
+        return self._threads.has(threading.current_thread())
 
     def close(self) -> None:
         """Wait until the last snapshot is done and told."""
         if self.newest is not None:
             self.newest.gate()
-        for thread in self._threads:
-            thread.join()
+        self._threads.join()
 
     def count_late(self) -> None:
         """A snapshot was due that cannot be taken yet."""
@@ -280,6 +266,8 @@ class Committer:
     def _run(
         self, handle: Handle, capture: Capture, metadata: dict[str, Any], notes: Notes
     ) -> None:
+        if not handle._claim.acquire(blocking=False):
+            return  # the training thread gave it up before this one had begun
         # By default it kills the process when a file grows past RLIMIT_FSIZE.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGXFSZ})
         try:
@@ -308,6 +296,7 @@ class Committer:
     ) -> Snapshot:
         partial: Path | None = None
         try:
+            capture.let_pass()
             partial = self._repository.begin()
             sequence = self._repository.next_sequence()
             manifest = capture.write(partial, step=step, sequence=sequence, metadata=metadata)

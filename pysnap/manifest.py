@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -106,9 +106,32 @@ class Manifest:
                 names.append(name)
         return names
 
+    def prepare(self) -> None:
+        """Do what of `to_bytes` needs neither packs nor chunks."""
+        _ = self._described
+
+    def completed(
+        self, created: str, packs: list[tuple[str, int]], chunks: np.ndarray[Any, np.dtype[np.void]]
+    ) -> Manifest:
+        """This manifest, of a snapshot that is written now; what was prepared goes with it."""
+        manifest = replace(self, created=created, packs=packs, chunks=chunks)
+        if "_described" in vars(self):
+            vars(manifest)["_described"] = vars(self).pop("_described")
+        return manifest
+
+    @functools.cached_property
+    def _described(self) -> str:
+        """What stands of the state in `manifest.json`."""
+        described = {
+            "metadata": self.metadata,
+            "tree": self.tree,
+            "tensors": [_record_to_json(record) for record in self.tensors],
+        }
+        return _to_json(described)[1:-1]
+
     def to_bytes(self) -> bytes:
         """The exact content of `manifest.json`."""
-        snapshot = {
+        head = {
             "format": FORMAT,
             "id": self.id,
             "step": self.step,
@@ -117,14 +140,11 @@ class Manifest:
             "stream": self.stream,
             "chunk_size": self.chunk_size,
             "packs": [{"name": name, "size": size} for name, size in self.packs],
-            "metadata": self.metadata,
-            "tree": self.tree,
-            "tensors": [_record_to_json(record) for record in self.tensors],
-            "chunks": [_chunk_to_json(row) for row in self.chunks.tolist()],
         }
-        body = json.dumps(
-            snapshot, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-        ).encode()
+        chunks = _to_json([_chunk_to_json(row) for row in self.chunks.tolist()])
+        body = f'{_to_json(head)[:-1]},{self._described},"chunks":{chunks}}}'.encode()
+        # It is large, and manifests stay.
+        del vars(self)["_described"]
         return _PREFIX + _engine.digest(body).encode() + _MIDDLE + body + _SUFFIX
 
     @classmethod
@@ -172,6 +192,10 @@ def plain_json(metadata: object) -> dict[str, Any]:
 def finite(metrics: Mapping[str, float]) -> dict[str, Any]:
     """Metrics as JSON holds them, which has no NaN and no infinity: they are texts there."""
     return {name: value if math.isfinite(value) else repr(value) for name, value in metrics.items()}
+
+
+def _to_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _record_to_json(record: Record) -> dict[str, Any]:

@@ -3,8 +3,10 @@ is filled in place."""
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -36,12 +38,18 @@ class ModulePart:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
+        self._known: set[type] = set()  # of modules that `_gather` is known to do right
 
     def state_dict(self) -> dict[str, Any]:
+        gathered = _gathered(self._module)
+        if gathered is not None and gathered.kinds <= self._known:
+            return gathered.state
         # The module's own tensors, where it has no method of its own for this: detached ones are
         # thousands of new objects in every snapshot.
         plain = type(self._module).state_dict is torch.nn.Module.state_dict
         state = self._module.state_dict(keep_vars=True) if plain else self._module.state_dict()
+        if gathered is not None and _are_same(gathered.state, state):
+            self._known |= gathered.kinds
         wrappers = self._wrappers()
         if not wrappers:
             return state
@@ -65,11 +73,78 @@ class ModulePart:
         return found[::-1]
 
 
+@dataclass
+class _Gathered:
+    """What a module has to store, and the types of the modules in it."""
+
+    state: OrderedDict[str, Any]
+    kinds: set[type]
+
+
+def _gathered(module: torch.nn.Module) -> _Gathered | None:
+    """The `state_dict(keep_vars=True)` of a module that is plain, as all in it, in a small part of
+    the time; None for others, that wrap modules, have hooks or methods of their own."""
+    found = _Gathered(OrderedDict(), set())
+    try:
+        _gather(module, "", found)
+    except (LookupError, AttributeError):
+        return None
+    return found if all(map(_is_plain, found.kinds)) else None
+
+
+def _gather(module: torch.nn.Module, prefix: str, found: _Gathered) -> None:
+    own = module.__dict__
+    if own["_state_dict_hooks"] or own["_state_dict_pre_hooks"] or not _OWN.isdisjoint(own):
+        raise LookupError
+    found.kinds.add(type(module))
+    state = found.state
+    for name, parameter in own["_parameters"].items():
+        if parameter is not None:
+            state[prefix + name] = parameter
+    for name, buffer in own["_buffers"].items():
+        if buffer is not None and name not in own["_non_persistent_buffers_set"]:
+            state[prefix + name] = buffer
+    for name, child in own["_modules"].items():
+        if child is not None:
+            _gather(child, f"{prefix}{name}.", found)
+
+
+_OWN = frozenset({"state_dict", "_save_to_state_dict"})
+
+
+def _is_plain(kind: type[torch.nn.Module]) -> bool:
+    return (
+        kind.state_dict is _STATE_DICT
+        and kind._save_to_state_dict is _SAVE
+        and kind.get_extra_state is _EXTRA_STATE
+        and not _is_wrapper(kind)
+    )
+
+
+_STATE_DICT = torch.nn.Module.state_dict
+_SAVE = torch.nn.Module._save_to_state_dict
+_EXTRA_STATE = torch.nn.Module.get_extra_state
+
+
+def _are_same(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return (
+        type(state) is type(other)
+        and list(state) == list(other)
+        and all(map(operator.is_, state.values(), other.values()))
+    )
+
+
+def _is_wrapper(kind: type) -> bool:
+    return issubclass(kind, (DataParallel, DistributedDataParallel)) or (
+        kind.__name__ == "OptimizedModule"
+    )
+
+
 def _wrapped_name(module: torch.nn.Module) -> str | None:
     """The attribute of a wrapper that holds the module it wraps."""
-    if isinstance(module, (DataParallel, DistributedDataParallel)):
-        return "module"
-    return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None
+    if not _is_wrapper(type(module)):
+        return None
+    return "_orig_mod" if type(module).__name__ == "OptimizedModule" else "module"
 
 
 def _plain(key: str, wrappers: list[tuple[str, str]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import struct
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ def capture() -> dict[str, Any]:
     """The state of every generator that code uses without naming one."""
     version, words, gauss = random.getstate()
     # 625 words as bytes: a list of them would be the largest thing in a manifest.
-    python = {"version": version, "words": np.array(words, dtype="<u4").tobytes(), "gauss": gauss}
+    python = {"version": version, "words": struct.pack(f"<{len(words)}I", *words), "gauss": gauss}
     state = np.random.get_state(legacy=False)
     cuda = torch.cuda.get_rng_state_all() if cuda_in_use() else []
     return {

@@ -20,6 +20,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "devices": set(),
         "reader": set(),
         "measure": set(),
+        "threads": set(),
     },
     {"dtypes": set(), "paths": set(), "zstd": set()},
     {"trace": set(), "storage": {"trace"}},

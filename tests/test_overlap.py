@@ -727,12 +727,12 @@ def test_a_snapshotter_that_its_own_commit_collects_still_commits(
         disk.hold()
         with program.snapshotter.step():
             program.train()
-        threads = program.snapshotter._committer._threads
+        (worker,) = program.snapshotter._committer._threads._workers
         del cycle, program.snapshotter
         disk.release()
         # Not blocked for long: the committing thread waits for a look of this one.
         while any(thread.name.startswith("pysnap-") for thread in threading.enumerate()):
-            threads[0].join(0.01)
+            worker.thread.join(0.01)
     finally:
         gc.enable()
     assert pysnap.load(tmp_path)["progress"]["step"] == 1
@@ -841,3 +841,46 @@ def test_a_look_inside_a_look_does_not_wait_for_itself() -> None:
     guard._settled.set = interrupted  # type: ignore[method-assign]  # watched there
     guard.look()
     assert guard.settled()
+
+
+def test_what_is_copied_at_once_may_be_larger_than_staging_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That copy waits for the disk: nothing that writes may wait for it."""
+    monkeypatch.setenv("PYSNAP_CHUNK_SIZE", "4KiB")
+    net = torch.nn.Linear(100, 100)
+    parts = {
+        "net": net,
+        "optimizer": torch.optim.SGD(net.parameters(), lr=0.1),
+        "values": {"x": torch.arange(100_000)},
+    }
+    with pysnap.Snapshotter(tmp_path, host_memory="8KiB", **parts) as snapshotter:
+        snapshotter.save(overlap=True).wait()
+    assert torch.equal(pysnap.load(tmp_path)["values"]["x"], torch.arange(100_000))
+
+
+def test_where_little_is_copied_at_once_nothing_runs_beside_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = torch.nn.Linear(100, 100)
+    parts = {"net": net, "optimizer": torch.optim.SGD(net.parameters(), lr=0.1)}
+    with pysnap.Snapshotter(tmp_path, **parts) as snapshotter:
+        begun = threading.Event()
+        begin = snapshotter._repository.begin
+        waiting: list[bool] = []
+
+        def noted() -> Path:
+            begun.set()
+            return begin()
+
+        def copy(capture: Capture) -> None:
+            waiting.append(not begun.wait(0.1))
+            copies(capture)
+
+        copies = Capture.copy
+        monkeypatch.setattr(snapshotter._repository, "begin", noted)
+        monkeypatch.setattr(Capture, "copy", copy)
+        snapshotter.save(overlap=True).wait()
+        begun.clear()
+        snapshotter.save().wait()
+    assert waiting == [True, False]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,8 @@ class FailingCapture:
     """A capture whose disk is broken."""
 
     size = 0
+
+    def let_pass(self) -> None: ...
 
     def copy(self) -> None: ...
 
@@ -536,8 +539,8 @@ def test_ctrl_c_before_the_capture_begins_leaves_nothing_waiting(tmp_path: Path)
     snapshotter = pysnap.Snapshotter(tmp_path, values={"a": torch.ones(3)})
     start = snapshotter._committer._start
 
-    def interrupted(thread: threading.Thread) -> None:
-        start(thread)
+    def interrupted(run: Callable[[], object]) -> None:
+        start(run)
         raise KeyboardInterrupt
 
     snapshotter._committer._start = interrupted  # type: ignore[method-assign]  # Ctrl-C right there
@@ -570,14 +573,33 @@ def test_an_exception_of_a_signal_handler_is_not_taken_for_a_refused_thread(tmp_
     with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
         start = snapshotter._committer._start
 
-        def interrupted(thread: threading.Thread) -> None:
-            start(thread)
+        def interrupted(run: Callable[[], object]) -> None:
+            start(run)
             raise RuntimeError("mine")
 
         snapshotter._committer._start = interrupted  # type: ignore[method-assign]  # right there
         with pytest.raises(RuntimeError, match="mine"):
             snapshotter.save()
         snapshotter._committer._start = start  # type: ignore[method-assign]  # put back
+        snapshotter.save().wait()
+
+
+def test_what_is_given_up_before_the_committing_thread_begins_is_told_once(tmp_path: Path) -> None:
+    with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
+        committer = snapshotter._committer
+        runs: list[Callable[[], object]] = []
+
+        def interrupted(run: Callable[[], object]) -> None:
+            runs.append(run)
+            raise KeyboardInterrupt
+
+        start, committer._start = committer._start, interrupted  # type: ignore[method-assign]  # not yet
+        with pytest.raises(KeyboardInterrupt):
+            snapshotter.save()
+        committer._start = start  # type: ignore[method-assign]  # put back
+        snapshotter.save().wait()
+        runs[0]()
+        assert (snapshotter.stats().failed, snapshotter.stats().durable) == (1, 1)
         snapshotter.save().wait()
 
 
