@@ -18,6 +18,7 @@ constexpr unsigned kLeastBeforeTurn = 4;
 constexpr double kShareOfTrials = 0.02;
 // A chunk counts so much against all before it: a disk that turns slow is seen after some.
 constexpr double kWeight = 0.1;
+constexpr double kMuchSooner = 0.5;
 // Encoding alone may take so much of a raw chunk's time. Encoders take time of the cores, do not
 // write while the step copies, and make reading longer: on a disk that is not much slower than they
 // are, all that buys a little.
@@ -57,11 +58,12 @@ void Choice::learn(Element element, bool encoded, std::size_t size, double encod
   way += kWeight * (now - way);
   learnt.spared = std::min(learnt.spared + kShareOfTrials * seconds, seconds * kTrial);
   const unsigned judged = learnt.chunks - workers_;
+  const bool is_longer = prefers_encoded(learnt) != learnt.encodes;
   // That the disk is not slow any more shows in the encoded way, too.
-  const bool is_longer = prefers_encoded(learnt) != learnt.encodes ||
-                         (learnt.encodes && learnt.encoding > 2 * kQuick * way);
+  const bool is_quick_now = learnt.encodes && way < kMuchSooner * learnt.chosen;
   const bool is_due = judged >= kLeastBetweenTrials * workers_ && learnt.spared > 0;
-  if (is_due || (is_longer && judged >= kLeastBeforeTurn * workers_)) try_other(learnt);
+  if (is_due || ((is_longer || is_quick_now) && judged >= kLeastBeforeTurn * workers_))
+    try_other(learnt);
 }
 
 void Choice::learn_probe(Learnt& learnt, bool encoded, double encoding, double seconds,
@@ -99,6 +101,7 @@ void Choice::learn_trial(Learnt& learnt, double now) {
 void Choice::follow(Learnt& learnt) {
   const bool encodes = prefers_encoded(learnt);
   const Stage stage = encodes && learnt.is_least ? Stage::kTrial : Stage::kSettled;
+  learnt.chosen = learnt.ways[true];
   if (encodes != learnt.encodes) go(learnt, encodes, stage);
   learnt.stage = stage;
 }

@@ -36,6 +36,7 @@ class Choice {
     // Seconds per byte, raw and encoded; 0 is not known yet.
     std::array<double, 2> ways{};
     double encoding = 0;   // the part of the encoded way that is not writing
+    double chosen = 0;     // what the encoded way took when it was chosen
     bool is_least = true;  // the encoded way takes so long at least: a probe showed it
     bool encodes = false;  // the way that is gone now
     Stage stage = Stage::kProbe;

@@ -22,6 +22,7 @@ class PendingCopies {
   explicit PendingCopies(SimdPath path = best_simd_path()) : path_(path) {}
 
   void add(void* destination, const void* source, std::size_t size);
+  bool empty() const noexcept { return next_ == copies_.size(); }
   // Copies about a kilobyte, in the order of add().
   void take_turn() noexcept;
   // Copies the rest. Only now the bytes are visible, as those of stream_copy.

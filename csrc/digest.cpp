@@ -345,7 +345,7 @@ Digest hash_long(const u8* input, std::size_t size, Rounds rounds, PendingCopies
                      kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
   // The last block, full or not, is not scrambled, and its last stripe is the last 64 bytes of all.
   const std::size_t blocks = (size - 1) / kBlockSize;
-  if (beside == nullptr) {
+  if (beside == nullptr || beside->empty()) {
     rounds(acc, input, blocks);
   } else {
     for (std::size_t i = 0; i < blocks; ++i) {

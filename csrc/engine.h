@@ -40,8 +40,8 @@
 
 namespace pysnap {
 
-// Which chunks are encoded: none; all, quickly; all, for the smallest files; those of which it is
-// predicted that their snapshot is durable as soon so (see Choice).
+// Which chunks are encoded: none; all, quickly; all, for the smallest files; those that go to a
+// disk which is much slower than the encoder (see Choice).
 enum class Codec { kNone, kFast, kSmall, kAuto };
 
 struct EngineOptions {

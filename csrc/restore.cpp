@@ -120,6 +120,8 @@ class ChunkReader {
     // Not for a decoder: the bytes of a file may change under it.
     const std::uint8_t* in_place = encoded ? nullptr : pack.in_place(chunk.offset, padded(chunk));
     const Buffer& buffer = encoded ? stored_ : raw_;
+    // The disk may take so long that pages of the one before, which was checked, are read anew.
+    if (in_place == nullptr && in_place_) finish();
     if (in_place == nullptr && !pack.read(buffer.get(), padded(chunk), chunk.offset))
       throw damage(index, "the file ends before it");
     const std::uint8_t* raw = in_place != nullptr ? in_place : buffer.get();

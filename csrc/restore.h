@@ -39,11 +39,11 @@ struct Damage {
 // Reads the chunks that hold bytes of a target, checks each against its digest, and only then
 // copies its bytes into the targets, while the next chunk is checked. Raw chunks that are in the
 // page cache are checked and copied in place. `chunks` are in the order of the stream. Uses
-// `threads` threads, the caller among them, at its priority, and 3 chunks of memory each at most; 2
-// more, pinned, where there are targets on devices.
-// Throws the first failure: Error(kCorrupt) with the chunk (none for a pack of another length),
-// Error(kIo), Error(kDevice), or Error(kInvalid) for a chunk table or targets that cannot be;
-// targets may then be partly written. False if `interrupted` ended it.
+// `threads` threads, the caller among them, at its priority, and the memory of 3 chunks and a
+// decoder each at most; of 2 more, pinned, where there are targets on devices. Throws the first
+// failure: Error(kCorrupt) with the chunk (none for a pack of another length), Error(kIo),
+// Error(kDevice), or Error(kInvalid) for a chunk table or targets that cannot be; targets may then
+// be partly written. False if `interrupted` ended it.
 //
 // Targets on devices are written after all that their `streams` have queued (each device must be
 // named), and are whole when this returns true, for any stream. If it ends otherwise, no copy goes

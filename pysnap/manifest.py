@@ -108,19 +108,17 @@ class Manifest:
 
     def prepare(self) -> None:
         """Do what of `to_bytes` needs neither packs nor chunks."""
-        _ = self._described
+        vars(self)["_described"] = self._describe()
 
     def completed(
         self, created: str, packs: list[tuple[str, int]], chunks: np.ndarray[Any, np.dtype[np.void]]
     ) -> Manifest:
         """This manifest, of a snapshot that is written now; what was prepared goes with it."""
         manifest = replace(self, created=created, packs=packs, chunks=chunks)
-        if "_described" in vars(self):
-            vars(manifest)["_described"] = vars(self).pop("_described")
+        vars(manifest)["_described"] = vars(self).pop("_described", None)
         return manifest
 
-    @functools.cached_property
-    def _described(self) -> str:
+    def _describe(self) -> str:
         """What stands of the state in `manifest.json`."""
         described = {
             "metadata": self.metadata,
@@ -142,9 +140,9 @@ class Manifest:
             "packs": [{"name": name, "size": size} for name, size in self.packs],
         }
         chunks = _to_json([_chunk_to_json(row) for row in self.chunks.tolist()])
-        body = f'{_to_json(head)[:-1]},{self._described},"chunks":{chunks}}}'.encode()
-        # It is large, and manifests stay.
-        del vars(self)["_described"]
+        # Large, and manifests stay: it is not kept.
+        described = vars(self).pop("_described", None) or self._describe()
+        body = f'{_to_json(head)[:-1]},{described},"chunks":{chunks}}}'.encode()
         return _PREFIX + _engine.digest(body).encode() + _MIDDLE + body + _SUFFIX
 
     @classmethod

@@ -66,7 +66,7 @@ class ModulePart:
         module; the innermost first."""
         found = []
         for name, module in self._module.named_modules(remove_duplicate=False):
-            inner = _wrapped_name(module)
+            inner = _wrapped_name(type(module))
             if inner is not None:
                 plain = f"{name}." if name else ""
                 found.append((f"{plain}{inner}.", plain))
@@ -117,7 +117,7 @@ def _is_plain(kind: type[torch.nn.Module]) -> bool:
         kind.state_dict is _STATE_DICT
         and kind._save_to_state_dict is _SAVE
         and kind.get_extra_state is _EXTRA_STATE
-        and not _is_wrapper(kind)
+        and _wrapped_name(kind) is None
     )
 
 
@@ -134,17 +134,11 @@ def _are_same(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     )
 
 
-def _is_wrapper(kind: type) -> bool:
-    return issubclass(kind, (DataParallel, DistributedDataParallel)) or (
-        kind.__name__ == "OptimizedModule"
-    )
-
-
-def _wrapped_name(module: torch.nn.Module) -> str | None:
-    """The attribute of a wrapper that holds the module it wraps."""
-    if not _is_wrapper(type(module)):
-        return None
-    return "_orig_mod" if type(module).__name__ == "OptimizedModule" else "module"
+def _wrapped_name(kind: type) -> str | None:
+    """The attribute in which a wrapper of this type holds the module it wraps."""
+    if issubclass(kind, (DataParallel, DistributedDataParallel)):
+        return "module"
+    return "_orig_mod" if kind.__name__ == "OptimizedModule" else None
 
 
 def _plain(key: str, wrappers: list[tuple[str, str]]) -> str:

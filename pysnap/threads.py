@@ -3,7 +3,6 @@ it, which takes milliseconds where the cores are busy; one that waits is woken a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import queue
@@ -41,8 +40,11 @@ class Threads:
                 worker.end()
             try:
                 worker.start()
-            except RefusedError:
-                workers.remove(worker)
+            except BaseException:
+                # Unless it has begun all the same.
+                if worker.thread.ident is None:
+                    workers.remove(worker)
+                    worker.end()
                 raise
 
     def join(self) -> None:
@@ -68,14 +70,17 @@ class _Worker:
         self._is_ending = False
         self._owner = os.getpid()
         self.thread = threading.Thread(target=self._work, name=name, daemon=False)
-        _workers.add(self)
 
     def start(self) -> None:
+        _workers.add(self)
         try:
             self.thread.start()
-        except RuntimeError as error:
+        except BaseException as error:
             # With one, it came from a signal handler.
-            if self.thread.ident is None:
+            if self.thread.ident is not None:
+                raise
+            _workers.discard(self)
+            if isinstance(error, RuntimeError):
                 raise RefusedError(str(error)) from None
             raise
 
@@ -98,21 +103,26 @@ class _Worker:
 
     def join(self) -> None:
         # Where Ctrl-C came while it was started, it may not have begun; it ends all the same.
-        with contextlib.suppress(RuntimeError):
+        if self.thread.ident is not None:
             self.thread.join()
 
     def is_over(self) -> bool:
         return self.thread.ident is not None and not self.thread.is_alive()
 
     def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            call()
-            # What it holds must not live until the next one.
-            del call
-            self._is_free = True
+        try:
+            # In a child that a call forks, nobody has anything more for this thread.
+            while os.getpid() == self._owner and (call := self._calls.get()) is not None:
+                call()
+                # What it holds must not live until the next one.
+                del call
+                self._is_free = True
+        finally:
+            _workers.discard(self)
 
 
-_workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
+_workers: set[_Worker] = set()
+"""Those that run."""
 _is_exiting = threading.Event()
 
 

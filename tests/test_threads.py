@@ -142,6 +142,29 @@ def test_an_exception_of_a_signal_handler_is_no_refusal(
     assert pool.has(pool._workers[0].thread)
 
 
+def test_nothing_is_left_of_a_thread_that_ctrl_c_kept_from_starting(
+    pool: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    class Held:
+        def __call__(self) -> None: ...
+
+    held = Held()
+    gone = weakref.ref(held)
+    before = set(threads._workers)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.start(held)
+    del held
+    gc.collect()
+    assert gone() is None
+    assert threads._workers == before
+    ran_in(pool)
+
+
 def test_none_stays_where_nobody_would_end_it(
     pool: Threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:

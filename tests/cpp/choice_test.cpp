@@ -99,7 +99,9 @@ constexpr Machine kFastEncoder{4e9, 2e9, 2, 9e9};
 // Training has the cores; a slow encoder on a slow disk.
 constexpr Machine kBusyCores{2.4e9, 1.8e9, 0.05, 8e9};
 constexpr Machine kSlowBoth{0.3e9, 0.2e9, 2, 0.2e9};
-constexpr Machine kMachines[] = {kSlowDisk, kFastDisk, kBusyCores, kSlowBoth};
+// Zeros, or nearly so.
+constexpr Machine kSparse{0.3e9, 0.3e9, 2, 8e9, 0.05};
+constexpr Machine kMachines[] = {kSlowDisk, kFastDisk, kBusyCores, kSlowBoth, kSparse};
 // Encoders of such speed would make it a little sooner.
 constexpr Machine kBetween[] = {kUsualDisk, kFastEncoder};
 
@@ -186,6 +188,12 @@ TEST(a_disk_that_is_slow_for_a_moment_does_not_get_encoded_chunks_for_long) {
   write(choice, 3, kSlowDisk, 300);
   write(choice, 3, kUsualDisk, 600);
   CHECK(write(choice, 3, kUsualDisk, 600).encoded < 10);
+}
+
+TEST(chunks_that_get_much_smaller_are_hardly_ever_written_raw) {
+  Choice choice(3);
+  write(choice, 3, kSparse, 300);
+  CHECK(write(choice, 3, kSparse, 3000).encoded > 2800);
 }
 
 TEST(a_trial_that_goes_very_wrong_ends_at_once) {
