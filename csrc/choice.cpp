@@ -18,6 +18,7 @@ constexpr unsigned kLeastBeforeTurn = 4;
 constexpr double kShareOfTrials = 0.02;
 // A chunk counts so much against all before it: a disk that turns slow is seen after some.
 constexpr double kWeight = 0.1;
+// An encoded chunk that takes less than this share of what it took when that way was chosen.
 constexpr double kMuchSooner = 0.5;
 // Encoding alone may take so much of a raw chunk's time. Encoders take time of the cores, do not
 // write while the step copies, and make reading longer: on a disk that is not much slower than they

@@ -108,6 +108,8 @@ class Manifest:
 
     def prepare(self) -> None:
         """Do what of `to_bytes` needs neither packs nor chunks."""
+        # Beside the fields, which are what a manifest says. Not a cached_property: before Python
+        # 3.12 that holds a lock meanwhile, which a forked child would inherit.
         vars(self)["_described"] = self._describe()
 
     def completed(

@@ -147,8 +147,9 @@ def _are_ended_at_exit() -> bool:
     """Have the threads ended when the main thread has come to its end: the interpreter waits for
     them before it calls what `atexit` has. False where Python has nothing for that."""
     try:
-        register = threading._register_atexit  # type: ignore[attr-defined]  # of concurrent.futures
-        register(_end_all)
+        # Private, but nothing public runs before the interpreter waits for its threads;
+        # concurrent.futures ends its own by it, in every version since 3.9.
+        threading._register_atexit(_end_all)  # type: ignore[attr-defined]  # not in typeshed
     except (AttributeError, RuntimeError):
         return False
     return True

@@ -593,7 +593,7 @@ def test_what_is_given_up_before_the_committing_thread_begins_is_told_once(tmp_p
             runs.append(run)
             raise KeyboardInterrupt
 
-        start, committer._start = committer._start, interrupted  # type: ignore[method-assign]  # not yet
+        start, committer._start = committer._start, interrupted  # type: ignore[method-assign]  # it begins none
         with pytest.raises(KeyboardInterrupt):
             snapshotter.save()
         committer._start = start  # type: ignore[method-assign]  # put back
