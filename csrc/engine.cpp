@@ -20,7 +20,7 @@ constexpr std::chrono::hours kForever{24 * 365 * 100};
 // A device keeps no more than this for clones.
 constexpr std::uint64_t kMostCloned = std::uint64_t{64} << 20;
 // Writes in flight that keep a disk busy: with one, it is idle between two.
-constexpr unsigned kWriters = 2;
+constexpr unsigned kBusy = 2;
 
 // Objects of a forked child are never destroyed: their mutexes may be locked by threads that do not
 // exist there.
@@ -36,6 +36,16 @@ struct Interruption {};
 void poll(const Interrupted& interrupted) {
   if (interrupted && interrupted()) throw Interruption{};
 }
+
+class Stopwatch {
+ public:
+  double seconds() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
 
 }  // namespace
 
@@ -98,7 +108,7 @@ bool Job::capture(const Streams& streams, const Interrupted& interrupted) {
     holding_ = false;
     copy_limit_ = spans_.size();
   }
-  engine_.work_.notify_all();
+  engine_.wake_workers();
   engine_.copies_.notify_all();
   engine_.progress_.notify_all();
   return completed;
@@ -223,7 +233,7 @@ std::optional<Slot> Job::wait_for_slot(const Interrupted& interrupted,
     }
     if (Clock::now() - moved >= patience)
       throw Error::io("waiting for the disk to take", "what fills the staging memory", ETIMEDOUT);
-    engine_.work_.notify_all();
+    engine_.wake_workers();
     slot = engine_.pool_->acquire(kPoll);
     if (!slot) poll(interrupted);
   }
@@ -256,9 +266,9 @@ void Job::copy_next(Slot slot) {
   // Of a failed job, too: its slot may be used again only when the devices are done with it.
   hand_to_lander(landing);
   if (!landing.empty()) hand_to_workers(staged_, {chunk, std::move(landing.front().flight.slot)});
-  lock.unlock();
-  engine_.progress_.notify_all();
-  engine_.work_.notify_one();
+  // Whoever waits for copies, waits for all of them.
+  if (copying_ == 0) engine_.progress_.notify_all();
+  engine_.wake_another();
 }
 
 // Gives what devices copy to the lander; the list keeps what is there already.
@@ -355,7 +365,7 @@ void Job::open_pack(const std::string& path) {
     if (failure_) throw *failure_;
     pack_ = std::move(pack);
   }
-  engine_.work_.notify_all();
+  engine_.wake_workers();
   engine_.progress_.notify_all();
 }
 
@@ -415,20 +425,122 @@ void Job::abort() {
   end(lock);
 }
 
+// Past the page cache, a write takes next to no time of the processors.
+bool Job::may_write() const {
+  return pack_ != nullptr && pack_->is_direct() && is_next_raw();
+}
+
 bool Job::may_work() const {
-  if (pack_ == nullptr) return false;
-  if (!holding_) return !staged_.empty() || !written_ahead_.empty();
+  if (pack_ == nullptr || may_digest()) return pack_ != nullptr;
+  return !staged_.empty() && !may_write() && (!holding_ || is_next_raw());
+}
+
+bool Job::may_digest() const { return !holding_ && !written_ahead_.empty(); }
+
+bool Job::is_next_raw() const {
   return !staged_.empty() && engine_.writes_raw(spans_[staged_.front().chunk].element);
 }
 
-// A chunk to be written, as long as that keeps the disk busy, else one of which the digest is
-// missing.
-Job::Staged Job::take_staged() {
-  const bool is_busy = staged_.empty() || (!holding_ && writing_ >= kWriters);
-  std::deque<Staged>& queue = is_busy && !written_ahead_.empty() ? written_ahead_ : staged_;
+Job::Staged Job::take(std::deque<Staged>& queue) {
   Staged staged = std::move(queue.front());
   queue.pop_front();
   return staged;
+}
+
+// What a worker does next: a chunk is written, as long as that keeps the disk busy, else one that
+// was written is digested.
+void Job::work(std::unique_lock<std::mutex>& lock, Encoder& encoder) {
+  const bool is_busy = staged_.empty() || may_write() || writing_ >= kBusy;
+  if (may_digest() && is_busy) return digest(lock);
+  if (!holding_ && engine_.encodes(spans_[staged_.front().chunk].element))
+    return encode(lock, encoder);
+  write_raw(lock);
+}
+
+void Job::write_raw(std::unique_lock<std::mutex>& lock) {
+  Staged staged = take(staged_);
+  const Span& span = spans_[staged.chunk];
+  // What is written beside the copy says nothing of what comes after it.
+  const bool is_usual = !holding_;
+  double seconds = 0;
+  ++writing_;
+  const bool done = unlocked(lock, [&](PackWriter& pack) {
+    const trace::Scope scope(trace::Phase::kWrite, span.raw);
+    const Stopwatch watch;
+    staged.offset = pack.append(staged.slot.data(), span.raw);
+    seconds = watch.seconds();
+  });
+  --writing_;
+  if (!done) return;
+  if (is_usual) engine_.choice_.learn(span.element, false, span.raw, 0, seconds);
+  hand_to_workers(written_ahead_, std::move(staged));
+}
+
+void Job::encode(std::unique_lock<std::mutex>& lock, Encoder& encoder) {
+  Staged staged = take(staged_);
+  const Span& span = spans_[staged.chunk];
+  StoredChunk chunk{0, span.raw, span.raw, span.element, Encoding::kRaw, 0, {}};
+  double encoding = 0;
+  double seconds = 0;
+  ++writing_;
+  const bool done = unlocked(lock, [&](PackWriter& pack) {
+    encoder.make_ready(engine_.options_);
+    std::uint8_t* data = staged.slot.data();
+    trace::Scope scope(trace::Phase::kEncode, span.raw);
+    chunk.digest = xxh3_128(data, span.raw);
+    const Stopwatch watch;
+    // Raw, where it does not get smaller.
+    if (const std::size_t size = encoder.planes->encode(span.element, data, span.raw,
+                                                        encoder.out.get())) {
+      data = encoder.out.get();
+      chunk.stored = static_cast<std::uint32_t>(size);
+      chunk.encoding = Encoding::kPlanes;
+    }
+    encoding = watch.seconds();
+    scope.next(trace::Phase::kWrite, chunk.stored);
+    chunk.offset = pack.append(data, chunk.stored);
+    seconds = watch.seconds();
+    staged.slot = Slot(nullptr, nullptr);
+  });
+  --writing_;
+  if (!done) return;
+  engine_.choice_.learn(span.element, true, span.raw, encoding, seconds);
+  note_written(staged.chunk, chunk);
+}
+
+void Job::digest(std::unique_lock<std::mutex>& lock) {
+  Staged staged = take(written_ahead_);
+  const Span& span = spans_[staged.chunk];
+  StoredChunk chunk{0, span.raw, span.raw, span.element, Encoding::kRaw, *staged.offset, {}};
+  const bool done = unlocked(lock, [&](PackWriter&) {
+    const trace::Scope scope(trace::Phase::kEncode, span.raw);
+    chunk.digest = xxh3_128(staged.slot.data(), span.raw);
+    staged.slot = Slot(nullptr, nullptr);
+  });
+  if (done) note_written(staged.chunk, chunk);
+}
+
+// Runs `task` without the lock; false, and the job has failed, if it throws.
+template <typename Task>
+bool Job::unlocked(std::unique_lock<std::mutex>& lock, const Task& task) {
+  std::shared_ptr<PackWriter> pack = pack_;
+  lock.unlock();
+  std::optional<Error> failure;
+  try {
+    task(*pack);
+  } catch (const std::exception& caught) {
+    failure = Error::from(caught);
+  }
+  // Closing a file that was deleted meanwhile frees its space, which may take long.
+  pack.reset();
+  lock.lock();
+  if (failure) fail(*failure);
+  return !failure;
+}
+
+void Job::note_written(std::size_t index, const StoredChunk& chunk) {
+  chunks_[index] = chunk;
+  if (++written_ == spans_.size()) engine_.progress_.notify_all();
 }
 
 // The first failure is the one that is told.
@@ -479,9 +591,10 @@ void Engine::check_process() const {
 
 void Engine::start() {
   const unsigned helpers = std::max(1u, options_.copy_threads - 1);
-  threads_.reserve(options_.workers + helpers);
+  threads_.reserve(2 * std::size_t{options_.workers} + helpers);
   for (unsigned i = 0; i < options_.workers; ++i) {
-    threads_.push_back(start_thread("pysnap-write", [this] { work(); }, options_.nice));
+    threads_.push_back(start_thread("pysnap-work", [this] { work(); }, options_.nice));
+    threads_.push_back(start_thread("pysnap-write", [this] { write(); }));
   }
   lander_ = start_thread("pysnap-land", [this] { land(); });
   // One helper at least: without it, what is copied lazily would wait for the gate.
@@ -543,7 +656,7 @@ void Engine::close() {
     active_.reset();
     if (job != nullptr) job->fail(closed_);
   }
-  work_.notify_all();
+  wake_workers();
   copies_.notify_all();
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
@@ -588,9 +701,9 @@ void Engine::land() {
     // A clone has no slot.
     if (over && landing.flight.slot.data() != nullptr)
       job.hand_to_workers(job.staged_, {landing.chunk, std::move(landing.flight.slot)});
-    lock.unlock();
     progress_.notify_all();
-    work_.notify_one();
+    wake_another();
+    lock.unlock();
     if (!over) abandon(std::move(landing.flight));
     landed.clear();
     lock.lock();
@@ -611,56 +724,46 @@ void Engine::help_copy() {
   }
 }
 
+void Engine::write() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    writes_.wait(lock, [&] { return closing_ || (active_ != nullptr && active_->may_write()); });
+    if (closing_) return;
+    const std::shared_ptr<Job> job = active_;
+    job->write_raw(lock);
+    wake_another();
+  }
+}
+
 void Engine::work() {
-  std::optional<PlanesEncoder> encoder;
-  Buffer out;
+  Encoder encoder;
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     work_.wait(lock, [&] { return closing_ || (active_ != nullptr && active_->may_work()); });
     if (closing_) return;
-    std::shared_ptr<Job> job = active_;
-    std::shared_ptr<PackWriter> pack = job->pack_;
-    std::optional<Job::Staged> staged(job->take_staged());
-    const std::size_t index = staged->chunk;
-    const Span& span = job->spans_[index];
-    const bool is_written = staged->offset.has_value();
-    const bool ahead = job->holding_;
-    const bool encoded = !ahead && !is_written && encodes(span.element);
-    job->writing_ += !is_written;
-    lock.unlock();
-    std::optional<Written> written;
-    std::optional<Error> failure;
-    try {
-      if (encoded && !encoder) {
-        out = make_buffer(options_.chunk_size);
-        encoder.emplace(options_.zstd,
-                        options_.codec == Codec::kSmall ? Effort::kSmall : Effort::kFast);
-      }
-      if (ahead) {
-        const trace::Scope scope(trace::Phase::kWrite, span.raw);
-        staged->offset = pack->append(staged->slot.data(), span.raw);
-      } else {
-        written = write(*pack, span, *staged, encoded ? &*encoder : nullptr, out.get());
-      }
-    } catch (const std::exception& caught) {
-      failure = Error::from(caught);
-    }
-    if (written || failure) staged.reset();
-    pack.reset();
-    lock.lock();
-    job->writing_ -= !is_written;
-    if (failure) {
-      job->fail(*failure);
-    } else if (!written) {
-      job->hand_to_workers(job->written_ahead_, std::move(*staged));
-    } else {
-      if (!is_written)
-        choice_.learn(span.element, encoded, span.raw, written->encoding, written->seconds);
-      job->chunks_[index] = written->chunk;
-      ++job->written_;
-    }
-    progress_.notify_all();
+    const std::shared_ptr<Job> job = active_;
+    job->work(lock, encoder);
+    wake_another();
   }
+}
+
+void Engine::wake_workers() {
+  writes_.notify_all();
+  work_.notify_all();
+}
+
+// One that has something to do now; mutex_ is held. A thread that is woken for nothing takes the
+// processor from those that copy.
+void Engine::wake_another() {
+  if (active_ == nullptr) return;
+  if (active_->may_write()) writes_.notify_one();
+  if (active_->may_work()) work_.notify_one();
+}
+
+void Encoder::make_ready(const EngineOptions& options) {
+  if (planes) return;
+  out = make_buffer(options.chunk_size);
+  planes.emplace(options.zstd, options.codec == Codec::kSmall ? Effort::kSmall : Effort::kFast);
 }
 
 // With mutex_ held.
@@ -673,34 +776,6 @@ bool Engine::encodes(Element element) {
 bool Engine::writes_raw(Element element) const {
   if (options_.codec == Codec::kAuto) return choice_.is_raw(element);
   return options_.codec == Codec::kNone;
-}
-
-Engine::Written Engine::write(PackWriter& pack, const Span& span, const Job::Staged& staged,
-                              PlanesEncoder* encoder, std::uint8_t* out) const {
-  using Clock = std::chrono::steady_clock;
-  const auto seconds_since = [](Clock::time_point start) {
-    return std::chrono::duration<double>(Clock::now() - start).count();
-  };
-  const Clock::time_point start = Clock::now();
-  trace::Scope scope(trace::Phase::kEncode, span.raw);
-  std::uint8_t* raw = staged.slot.data();
-  StoredChunk chunk{
-      0, span.raw, span.raw, span.element, Encoding::kRaw, 0, xxh3_128(raw, span.raw)};
-  const Clock::time_point digested = Clock::now();
-  const std::size_t encoded =
-      encoder != nullptr ? encoder->encode(span.element, raw, span.raw, out) : 0;
-  const double encoding = seconds_since(digested);
-  if (encoded > 0) {
-    chunk.stored = static_cast<std::uint32_t>(encoded);
-    chunk.encoding = Encoding::kPlanes;
-  }
-  if (staged.offset) {
-    chunk.offset = *staged.offset;
-    return {chunk, 0, seconds_since(start)};
-  }
-  scope.next(trace::Phase::kWrite, chunk.stored);
-  chunk.offset = pack.append(encoded > 0 ? out : raw, chunk.stored);
-  return {chunk, encoding, seconds_since(start)};
 }
 
 }  // namespace pysnap

@@ -6,7 +6,9 @@
 //   the caller:      job->capture(streams, interrupted);  ... training ...  job->gate(stream);
 //
 // Threads: `copy_threads` - 1 helpers (one at least) copy beside the caller; one waits for the
-// copies of devices; `workers` low-priority threads encode and write. None of them knows Python.
+// copies of devices; `workers` low-priority threads digest and encode, and write what they encode;
+// as many writers, which take next to no time of the processors, write past the page cache what is
+// not encoded. None of them knows Python.
 //
 // CUDA is opened when the first of its extents is seen (or by reserve), and not before.
 #pragma once
@@ -29,6 +31,7 @@
 #include <utility>
 #include <vector>
 
+#include "buffer.h"
 #include "choice.h"
 #include "device.h"
 #include "digest.h"
@@ -47,7 +50,7 @@ enum class Codec { kNone, kFast, kSmall, kAuto };
 struct EngineOptions {
   std::size_t chunk_size = 4u << 20;  // also the size of a slot; a multiple of kPageSize
   std::size_t slots = 64;             // bound of the staging memory; at least 2
-  unsigned workers = 2;
+  unsigned workers = 2;  // and writers
   unsigned copy_threads = 2;
   int nice = 10;          // of the workers
   bool direct_io = true;  // where the file system can
@@ -77,6 +80,14 @@ constexpr std::chrono::milliseconds kPoll{100};
 
 class Engine;
 class Job;
+
+// What a worker encodes with; made when it first does.
+struct Encoder {
+  std::optional<PlanesEncoder> planes;
+  Buffer out;
+
+  void make_ready(const EngineOptions& options);
+};
 
 // A chunk that devices copy to its slot, or eager chunks that they clone, without one. It stays
 // where it is while the lander looks at its fences.
@@ -138,7 +149,8 @@ class Job {
   struct Staged {
     std::size_t chunk;
     Slot slot;
-    // Where its raw bytes are in the pack, if they were written ahead of their digest.
+    // Where its raw bytes are in the pack, once they are written: ahead of their digest, for which
+    // the disk does not wait.
     std::optional<std::uint64_t> offset = std::nullopt;
   };
 
@@ -157,8 +169,18 @@ class Job {
   bool may_copy() const { return !failure_ && next_copy_ < copy_limit_; }
   bool is_idle() const { return copying_ == 0 && landing_ == 0; }
   bool is_written() const { return pack_ != nullptr && written_ == spans_.size(); }
+  bool may_write() const;
   bool may_work() const;
-  Staged take_staged();
+  bool may_digest() const;
+  bool is_next_raw() const;
+  void work(std::unique_lock<std::mutex>& lock, Encoder& encoder);
+  void write_raw(std::unique_lock<std::mutex>& lock);
+  void encode(std::unique_lock<std::mutex>& lock, Encoder& encoder);
+  void digest(std::unique_lock<std::mutex>& lock);
+  template <typename Task>
+  bool unlocked(std::unique_lock<std::mutex>& lock, const Task& task);
+  void note_written(std::size_t index, const StoredChunk& chunk);
+  static Staged take(std::deque<Staged>& queue);
   void hand_to_lander(std::list<Landing>& landing);
   void hand_to_workers(std::deque<Staged>& queue, Staged staged);
   void fail(const Error& error);
@@ -189,10 +211,10 @@ class Job {
   std::size_t copying_ = 0;     // chunks that a thread is copying
   std::size_t landing_ = 0;     // chunks that devices are copying
   std::size_t written_ = 0;
-  // While the caller copies, workers leave it the processors, as long as there are slots: they only
-  // write.
+  // While the caller copies, it has the processors, as long as there are slots: chunks are only
+  // written.
   bool holding_ = true;
-  unsigned writing_ = 0;  // workers that are at it
+  unsigned writing_ = 0;  // threads that are at it
   std::deque<Staged> staged_;
   std::deque<Staged> written_ahead_;  // digests are missing
   std::shared_ptr<PackWriter> pack_;
@@ -235,20 +257,15 @@ class Engine {
   explicit Engine(EngineOptions options);
   void check_process() const;
   void start();
+  void write();
   void work();
+  void wake_workers();
+  void wake_another();
   void help_copy();
   void land();
   std::shared_ptr<Device> device(DeviceIndex index);
   bool encodes(Element element);
   bool writes_raw(Element element) const;
-  // A chunk that was written, and the seconds that this, and its encoding alone, took.
-  struct Written {
-    StoredChunk chunk;
-    double encoding;
-    double seconds;
-  };
-  Written write(PackWriter& pack, const Span& span, const Job::Staged& staged,
-                PlanesEncoder* encoder, std::uint8_t* out) const;
 
   // Constant after construction.
   const EngineOptions options_;
@@ -262,7 +279,8 @@ class Engine {
 
   std::mutex mutex_;
   // Guarded by mutex_.
-  std::condition_variable work_;      // something to write, or closing
+  std::condition_variable writes_;    // something for a writer, or closing
+  std::condition_variable work_;      // something for a worker, or closing
   std::condition_variable copies_;    // something to copy, or closing
   std::condition_variable landed_;    // devices copy a chunk, or nothing more will land
   std::condition_variable progress_;  // a chunk was staged or written, or a job failed

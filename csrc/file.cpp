@@ -32,18 +32,18 @@ int open_retrying(const std::string& path, int flags) {
 File File::create(const std::string& path, bool direct) {
   if (direct) {
     int descriptor = open_retrying(path, kCreateFlags | O_DIRECT);
-    if (descriptor >= 0) return created(descriptor, path);
+    if (descriptor >= 0) return created(descriptor, path, true);
     // EINVAL: no direct I/O here. Some kernels create the file before they find that out.
     if (errno != EINVAL) throw Error::io("creating", path, errno);
     ::unlink(path.c_str());
   }
   int descriptor = open_retrying(path, kCreateFlags);
   if (descriptor < 0) throw Error::io("creating", path, errno);
-  return created(descriptor, path);
+  return created(descriptor, path, false);
 }
 
-File File::created(int descriptor, const std::string& path) {
-  File file(descriptor, path);
+File File::created(int descriptor, const std::string& path, bool direct) {
+  File file(descriptor, path, direct);
   // A umask that takes more away would lock the owner out, too.
   if (::fchmod(descriptor, kMode) != 0) throw Error::io("setting the mode of", path, errno);
   return file;
@@ -61,7 +61,9 @@ File File::open(const std::string& path) {
 }
 
 File::File(File&& other) noexcept
-    : descriptor_(std::exchange(other.descriptor_, -1)), path_(std::move(other.path_)) {}
+    : descriptor_(std::exchange(other.descriptor_, -1)),
+      path_(std::move(other.path_)),
+      direct_(other.direct_) {}
 
 File::~File() {
   if (descriptor_ >= 0) ::close(descriptor_);

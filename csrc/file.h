@@ -32,6 +32,8 @@ class File {
   ~File();
 
   const std::string& path() const { return path_; }
+  // Whether it was created past the page cache.
+  bool is_direct() const { return direct_; }
   std::uint64_t size() const;
 
   // Makes room for `bytes` and sets the length, so that a full disk is found now. Where the file
@@ -51,14 +53,16 @@ class File {
   void close();
 
  private:
-  static File created(int descriptor, const std::string& path);
-  File(int descriptor, std::string path) : descriptor_(descriptor), path_(std::move(path)) {}
+  static File created(int descriptor, const std::string& path, bool direct);
+  File(int descriptor, std::string path, bool direct = false)
+      : descriptor_(descriptor), path_(std::move(path)), direct_(direct) {}
   // For a device that wants more than page alignment: goes on through the page cache. Several
   // threads may find that out at once.
   void leave_direct() const;
 
   int descriptor_;
   std::string path_;
+  bool direct_;
 };
 
 }  // namespace pysnap

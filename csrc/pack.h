@@ -33,6 +33,8 @@ class PackWriter {
   // Creates the file and reserves `expected` bytes.
   PackWriter(const std::string& path, std::uint64_t expected, bool direct);
 
+  // Whether it was created to be written past the page cache.
+  bool is_direct() const { return file_.is_direct(); }
   // Writes `stored` bytes at the next free page and returns its offset. `data` is page-aligned and
   // has room up to the next multiple of kPageSize, which is overwritten with zeros.
   std::uint64_t append(std::uint8_t* data, std::size_t stored);

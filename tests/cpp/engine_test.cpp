@@ -16,6 +16,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -23,6 +24,7 @@
 
 #include "check.h"
 #include "digest.h"
+#include "file.h"
 #include "fixture.h"
 #include "restore.h"
 #include "trace.h"
@@ -231,7 +233,14 @@ bool holds_in_child(Call call) {
 struct Traced {
   WrittenPack pack;
   std::vector<trace::Span> spans;
+  std::map<std::uint32_t, std::string> threads;
 
+  std::set<std::string> threads_of(trace::Phase phase) const {
+    std::set<std::string> names;
+    for (const trace::Span& span : spans)
+      if (is(span, phase)) names.insert(threads.at(span.thread));
+    return names;
+  }
   std::ptrdiff_t begun_before_last_copy(trace::Phase phase) const {
     std::uint64_t last_copy = 0;
     for (const trace::Span& span : spans)
@@ -258,7 +267,10 @@ Traced trace_snapshot(Engine& engine, const State& state, const std::string& pat
   }
   WrittenPack pack = job->finish();
   trace::enable(false);
-  return {std::move(pack), trace::take().spans};
+  trace::Taken taken = trace::take();
+  std::map<std::uint32_t, std::string> threads;
+  for (const trace::Thread& thread : taken.threads) threads[thread.id] = thread.name;
+  return {std::move(pack), std::move(taken.spans), std::move(threads)};
 }
 
 }  // namespace
@@ -320,23 +332,43 @@ TEST(every_codec_of_an_engine_is_read_back) {
 
 // A disk need not be idle while the caller copies; the processors are the caller's.
 TEST(chunks_are_written_while_others_are_copied_and_digested_afterwards) {
-  const TemporaryDirectory directory;
   const State state = State::of_chunks(400);
-  EngineOptions options = small_engine();
-  options.slots = 600;
-  options.copy_threads = 1;
-  const std::shared_ptr<Engine> engine = Engine::create(options);
-  bool seen = false;
-  // It is for the kernel to say when a worker runs.
-  for (int pack = 0; pack < 200 && !seen; ++pack) {
-    const std::string path = directory / std::to_string(pack);
-    const Traced traced = trace_snapshot(*engine, state, path);
-    CHECK_EQ(traced.begun_before_last_copy(trace::Phase::kEncode), 0);
-    seen = traced.begun_before_last_copy(trace::Phase::kWrite) > 0;
-    check_pack(path, traced.pack, state, false);
-    CHECK(read_back(path, traced.pack, state.stream().size()) == state.stream());
+  for (const bool direct : {false, true}) {
+    const TemporaryDirectory directory;
+    EngineOptions options = small_engine();
+    options.slots = 600;
+    options.copy_threads = 1;
+    options.direct_io = direct;
+    const std::shared_ptr<Engine> engine = Engine::create(options);
+    bool seen = false;
+    // It is for the kernel to say when a worker runs.
+    for (int pack = 0; pack < 200 && !seen; ++pack) {
+      const std::string path = directory / std::to_string(pack);
+      const Traced traced = trace_snapshot(*engine, state, path);
+      CHECK_EQ(traced.begun_before_last_copy(trace::Phase::kEncode), 0);
+      seen = traced.begun_before_last_copy(trace::Phase::kWrite) > 0;
+      check_pack(path, traced.pack, state, false);
+      CHECK(read_back(path, traced.pack, state.stream().size()) == state.stream());
+    }
+    CHECK(seen);
   }
-  CHECK(seen);
+}
+
+// A buffered write is a copy, which is for threads of low priority; a direct one takes no time.
+TEST(writers_write_past_the_page_cache_and_workers_do_the_work) {
+  const TemporaryDirectory directory;
+  const State state = State::of_chunks(40);
+  const bool has_direct = pysnap::File::create(directory / "probe", true).is_direct();
+  for (const bool direct : {false, true}) {
+    EngineOptions options = small_engine();
+    options.direct_io = direct;
+    const std::shared_ptr<Engine> engine = Engine::create(options);
+    const Traced traced =
+        trace_snapshot(*engine, state, directory / (direct ? "direct" : "buffered"));
+    const std::string writer = direct && has_direct ? "pysnap-write" : "pysnap-work";
+    CHECK(traced.threads_of(trace::Phase::kWrite) == std::set<std::string>{writer});
+    CHECK(traced.threads_of(trace::Phase::kEncode) == std::set<std::string>{"pysnap-work"});
+  }
 }
 
 // Encoding would take the processors from the caller.
