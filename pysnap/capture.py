@@ -290,7 +290,8 @@ class Capture:
         self._tree = planned.tree
         self._records = planned.plan.records
         # The memory, too: a program gives a tensor another one by `tensor.data = ...`.
-        self._keep = [planned.plan.keep, *map(torch.Tensor.untyped_storage, waiting)]
+        storages = _engine.map_ahead(torch.Tensor.untyped_storage, waiting)
+        self._keep = [planned.plan.keep, storages]
         self._devices = planned.plan.devices
         self._spans = planned.plan.spans
         self._job = job
@@ -422,7 +423,7 @@ class _Guard:
     ) -> None:
         self._tensors = list(tensors)
         self._name_of = name_of
-        self._before = list(map(_changes, self._tensors))
+        self._before = _engine.map_ahead(_changes, self._tensors)
         self._changed: int | None = None
         self._looked = False
         self._settled = threading.Event()  # set after _changed
@@ -439,7 +440,8 @@ class _Guard:
         # The main thread may be in here when it is made to look: the event's lock would be its own.
         if not self._looked:
             self._looked = True
-            same = map(operator.eq, map(_changes, self._tensors), self._before)
+            changes = _engine.map_ahead(_changes, self._tensors)
+            same = map(operator.eq, changes, self._before)
             self._changed = next((at for at, is_same in enumerate(same) if not is_same), None)
             self._tensors = []
             self._settled.set()
