@@ -457,3 +457,18 @@ def test_a_parameter_that_leaves_the_optimizer_is_copied_at_once(tmp_path: Path)
             model.weight.fill_(7)
         handle.wait()
     assert not pysnap.load(tmp_path / "run")["model"]["weight"].eq(7).any()
+
+
+def test_what_waits_is_known_of_each_tensor_in_any_order(tmp_path: Path) -> None:
+    """Shallow ones are found first, but the plan has them in the order of the tree."""
+    model = torch.nn.Linear(256, 256, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    table = torch.zeros(9)
+    state = {"deep": {"table": table}, "weight": model.weight}
+    with pysnap.Snapshotter(tmp_path / "run", state=state, optimizer=optimizer) as snapshotter:
+        for value in range(3):
+            handle = snapshotter.save(overlap=True)
+            # It belongs to no optimizer, so it was copied at once.
+            table.fill_(value + 1)
+            handle.wait()
+            assert pysnap.load(tmp_path / "run")["state"]["deep"]["table"].eq(value).all()
