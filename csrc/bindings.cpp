@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <thread>
@@ -18,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "ahead.h"
 #include "codec.h"
 #include "copy.h"
 #include "cpu.h"
@@ -195,6 +197,30 @@ class OwnedJob {
   const std::shared_ptr<Job> job_;
 };
 
+// What the first field of a Python object points to, if that is a pointer; of a tensor of torch,
+// that is where nearly every question is answered.
+std::uintptr_t first_field(void* pointer) {
+  auto* object = static_cast<PyObject*>(pointer);
+  std::uintptr_t field = 0;
+  if (Py_TYPE(object)->tp_basicsize >= Py_ssize_t{sizeof(PyObject) + sizeof(field)})
+    std::memcpy(&field, object + 1, sizeof(field));
+  return field;
+}
+
+py::list map_ahead(const py::function& function, const py::list& objects) {
+  const py::tuple held(objects);  // whatever the function does to the list
+  std::vector<void*> pointers;
+  for (const py::handle object : held) pointers.push_back(object.ptr());
+  py::list results;
+  for (std::size_t at = 0; at < pointers.size(); ++at) {
+    look_ahead(pointers.data(), pointers.size(), at, first_field);
+    PyObject* result = PyObject_CallOneArg(function.ptr(), static_cast<PyObject*>(pointers[at]));
+    if (result == nullptr) throw py::error_already_set();
+    results.append(py::reinterpret_steal<py::object>(result));
+  }
+  return results;
+}
+
 // Places of tensors that are of a type with this table. Torch is not known here, only its table.
 class TensorPlaces {
  public:
@@ -211,7 +237,7 @@ class TensorPlaces {
   }
 
   bool are_of(const py::list& tensors) const {
-    const std::optional<bool> same = places_.are_of(read_, objects(tensors));
+    const std::optional<bool> same = places_.are_of(read_, objects(tensors), first_field);
     if (!same) throw py::error_already_set();
     return *same;
   }
@@ -377,6 +403,8 @@ PYBIND11_MODULE(_engine, module) {
   py::class_<TensorPlaces>(module, "TensorPlaces")
       .def(py::init<const py::capsule&, const py::list&>(), py::arg("exchange"), py::arg("tensors"))
       .def("are_of", &TensorPlaces::are_of, py::arg("tensors"));
+
+  module.def("map_ahead", &map_ahead, py::arg("function"), py::arg("objects"));
 
   module.def(
       "restore",

@@ -26,14 +26,15 @@ std::optional<Places> Places::of(dlpack::TensorFromObject read, const std::vecto
   return places;
 }
 
-std::optional<bool> Places::are_of(dlpack::TensorFromObject read,
-                                   const std::vector<void*>& tensors) const {
+std::optional<bool> Places::are_of(dlpack::TensorFromObject read, const std::vector<void*>& tensors,
+                                   Content content) const {
   if (tensors.size() != tensors_.size()) return false;
   const auto fields = [](const Tensor& t) {
     return std::tie(t.address, t.device_type, t.device_id, t.type, t.dimensions);
   };
   const std::int64_t* dimensions = dimensions_.data();
   for (std::size_t i = 0; i < tensors_.size(); ++i) {
+    look_ahead(tensors.data(), tensors.size(), i, content);
     const Tensor& before = tensors_[i];
     dlpack::Tensor tensor{};
     if (read(tensors[i], &tensor) != 0) return std::nullopt;

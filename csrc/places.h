@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "ahead.h"
 #include "dlpack.h"
 
 namespace pysnap {
@@ -19,9 +20,9 @@ class Places {
   static std::optional<Places> of(dlpack::TensorFromObject read, const std::vector<void*>& tensors);
 
   // Whether these tensors have the same memory, one by one, and it means the same. Null where
-  // `read` refuses one; a Python exception is set then.
-  std::optional<bool> are_of(dlpack::TensorFromObject read,
-                             const std::vector<void*>& tensors) const;
+  // `read` refuses one; a Python exception is set then. `content` is where `read` will look, too.
+  std::optional<bool> are_of(dlpack::TensorFromObject read, const std::vector<void*>& tensors,
+                             Content content) const;
 
  private:
   // A tensor without its shape and strides, which are in dimensions_, one behind the other.

@@ -2,11 +2,14 @@
 meaning."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
+
+_Object = TypeVar("_Object")
+_Result = TypeVar("_Result")
 
 EXTENT: np.dtype[np.void]
 """address (u8), length (u8), device (i4; -1 is the host)"""
@@ -86,6 +89,10 @@ class TensorPlaces:
     def are_of(self, tensors: list[Any]) -> bool:
         """Whether as many tensors have the same address, device, dtype, shape and strides, one by
         one; raises what the exchange raises."""
+
+def map_ahead(function: Callable[[_Object], _Result], objects: list[_Object]) -> list[_Result]:
+    """`list(map(function, objects))`, several times as fast where that waits for the memory: for
+    many tensors, of which `function` asks something small."""
 
 def restore(
     *,

@@ -162,30 +162,30 @@ class Stager:
         encoded = tree.encode(state, put)
         lazy = frozenset() if gate is None else gate.addresses()
         plan = make_plan(leaves, chunk_size=self._chunk_size, lazy=lazy)
+        found = [leaf for _, leaf in leaves]
         if plan.in_place:
-            self._steady = _Steady.of(state, encoded, plan, [leaf for _, leaf in leaves], token)
-        return _Planned(encoded, plan, [leaf for _, leaf in leaves], list(range(len(leaves))))
+            self._steady = _Steady.of(state, encoded, plan, found, token)
+        return _Planned(encoded, plan, found, plan.waits, list(range(len(found))))
 
 
 @dataclass
 class _Planned:
     """A state that is to be captured: its tree, its plan and its leaves, of which `indices` are the
-    numbers in the tree."""
+    numbers in the tree; `waits` says which may be copied later."""
 
     tree: tree.Json
     plan: Plan
     leaves: list[Leaf]
+    waits: list[bool]
     indices: list[int]
 
     def waiting(self) -> list[torch.Tensor]:
         """The tensors that may be copied later."""
-        waits = map(self.plan.waits.__getitem__, self.indices)
-        return list(compress(self.leaves, waits))  # type: ignore[arg-type]  # tensors alone wait
+        return list(compress(self.leaves, self.waits))  # type: ignore[arg-type]  # tensors alone wait
 
     def name_of(self, number: int) -> str:
         """The path of one of those that `waiting` returns."""
-        waits = map(self.plan.waits.__getitem__, self.indices)
-        index = list(compress(self.indices, waits))[number]
+        index = list(compress(self.indices, self.waits))[number]
         return next(path for path, at in tree.leaves(self.tree) if at == index)
 
 
@@ -239,6 +239,7 @@ class _Steady:
         self._plan = replace(plan, keep=[])
         self._token = token
         self._indices = [index for part in parts.values() for index in part.indices]
+        self._waits = [plan.waits[index] for index in self._indices]
 
     @classmethod
     def of(
@@ -269,7 +270,8 @@ class _Steady:
                 return None
             encoded[name] = found[0]
             leaves += found[1]
-        return _Planned(encoded, replace(self._plan, keep=leaves), leaves, self._indices)
+        plan = replace(self._plan, keep=leaves)
+        return _Planned(encoded, plan, leaves, self._waits, self._indices)
 
 
 class Capture:
@@ -290,7 +292,8 @@ class Capture:
         self._tree = planned.tree
         self._records = planned.plan.records
         # The memory, too: a program gives a tensor another one by `tensor.data = ...`.
-        self._keep = [planned.plan.keep, *map(torch.Tensor.untyped_storage, waiting)]
+        storages = _engine.map_ahead(torch.Tensor.untyped_storage, waiting)
+        self._keep = [planned.plan.keep, storages]
         self._devices = planned.plan.devices
         self._spans = planned.plan.spans
         self._job = job
@@ -422,7 +425,7 @@ class _Guard:
     ) -> None:
         self._tensors = list(tensors)
         self._name_of = name_of
-        self._before = list(map(_changes, self._tensors))
+        self._before = _engine.map_ahead(_changes, self._tensors)
         self._changed: int | None = None
         self._looked = False
         self._settled = threading.Event()  # set after _changed
@@ -439,7 +442,8 @@ class _Guard:
         # The main thread may be in here when it is made to look: the event's lock would be its own.
         if not self._looked:
             self._looked = True
-            same = map(operator.eq, map(_changes, self._tensors), self._before)
+            changes = _engine.map_ahead(_changes, self._tensors)
+            same = map(operator.eq, changes, self._before)
             self._changed = next((at for at, is_same in enumerate(same) if not is_same), None)
             self._tensors = []
             self._settled.set()

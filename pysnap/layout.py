@@ -158,6 +158,7 @@ class Places:
         """Raises TypeError or RuntimeError for a tensor that has no bytes of its own."""
         self._is_array = [isinstance(leaf, np.ndarray) for leaf in leaves]
         self._is_tensor = [not is_array for is_array in self._is_array]
+        self._has_arrays = any(self._is_array)
         self._tensors = tensor_places(self._tensors_of(leaves))
         self._arrays = self._places_of_arrays(leaves)
 
@@ -174,14 +175,15 @@ class Places:
             return False
 
     def _places_of_arrays(self, leaves: list[Leaf]) -> list[tuple[Any, ...]]:
-        arrays = compress(leaves, self._is_array)
+        arrays = compress(leaves, self._is_array) if self._has_arrays else ()
         return [
             (_address(array), array.shape, array.dtype.str, array.strides)  # type: ignore[union-attr]  # arrays alone
             for array in arrays
         ]
 
     def _tensors_of(self, leaves: list[Leaf]) -> list[torch.Tensor]:
-        return list(compress(leaves, self._is_tensor))  # type: ignore[arg-type]  # tensors alone
+        tensors = compress(leaves, self._is_tensor) if self._has_arrays else leaves
+        return list(tensors)  # type: ignore[arg-type]  # tensors alone
 
 
 def tensor_places(

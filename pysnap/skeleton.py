@@ -82,10 +82,11 @@ def _select(values: list[Any], mask: _Mask) -> Iterable[Any]:
 
 
 def _views(containers: list[Any], is_mapping: list[bool]) -> Iterable[Iterable[Any]]:
-    return [
+    # One view at a time: a list of thousands is slow to make, and is looked through for garbage.
+    return (
         container.values() if mapping else container
         for container, mapping in zip(containers, is_mapping, strict=True)
-    ]
+    )
 
 
 class Skeleton:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import operator
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -315,6 +316,33 @@ def test_every_tensor_of_many_is_looked_at(find_places: Any) -> None:
         assert not are_places(places, [*tensors[:at], torch.zeros(2), *tensors[at + 1 :]])
 
 
+# Asking many objects
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 16, 17, 100])
+def test_what_many_objects_answer_stands_in_their_order(count: int) -> None:
+    """Whatever they are: their first fields are looked at."""
+    kinds = [torch.ones(2), torch.nn.Parameter(torch.ones(2)), None, object(), 7, "text", 2**80, ()]
+    objects = [kinds[at % len(kinds)] for at in range(count)]
+    assert _engine.map_ahead(id, objects) == list(map(id, objects))
+
+
+def test_an_exception_of_a_function_that_is_asked_comes_out() -> None:
+    with pytest.raises(AttributeError, match="_version"):
+        _engine.map_ahead(operator.attrgetter("_version"), [torch.ones(2), 3])
+
+
+def test_a_list_that_shrinks_while_it_is_asked_was_held() -> None:
+    objects = [object() for _ in range(100)]
+    expected = list(map(id, objects))
+
+    def ask(value: object) -> int:
+        objects.clear()
+        return id(value)
+
+    assert _engine.map_ahead(ask, objects) == expected
+
+
 # Whole snapshots
 
 
@@ -429,3 +457,18 @@ def test_a_parameter_that_leaves_the_optimizer_is_copied_at_once(tmp_path: Path)
             model.weight.fill_(7)
         handle.wait()
     assert not pysnap.load(tmp_path / "run")["model"]["weight"].eq(7).any()
+
+
+def test_what_waits_is_known_of_each_tensor_in_any_order(tmp_path: Path) -> None:
+    """Shallow ones are found first, but the plan has them in the order of the tree."""
+    model = torch.nn.Linear(256, 256, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    table = torch.zeros(9)
+    state = {"deep": {"table": table}, "weight": model.weight}
+    with pysnap.Snapshotter(tmp_path / "run", state=state, optimizer=optimizer) as snapshotter:
+        for value in range(3):
+            handle = snapshotter.save(overlap=True)
+            # It belongs to no optimizer, so it was copied at once.
+            table.fill_(value + 1)
+            handle.wait()
+            assert pysnap.load(tmp_path / "run")["state"]["deep"]["table"].eq(value).all()

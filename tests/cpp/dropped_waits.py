@@ -887,7 +887,7 @@ DROPS = [
     Drop(
         "the memory of tensors is kept until it is read",
         CAPTURE,
-        "[planned.plan.keep, *map(torch.Tensor.untyped_storage, waiting)]",
+        "[planned.plan.keep, storages]",
         "[planned.plan.keep]",
         OVERLAP + "tensors_that_are_given_other_memory_are_read_where_they_were",
     ),

@@ -31,6 +31,11 @@ int read(void* pointer, Tensor* tensor) {
   return 0;
 }
 
+// Need not be right.
+std::uintptr_t address(void* pointer) {
+  return static_cast<std::uintptr_t>(static_cast<Object*>(pointer)->address);
+}
+
 std::vector<void*> pointers(std::vector<Object>& objects) {
   std::vector<void*> all;
   for (Object& object : objects) all.push_back(&object);
@@ -53,11 +58,11 @@ bool is_seen(Change change) {
   for (Object& object : objects) {
     const Object before = object;
     change(object);
-    const bool same = *places->are_of(read, pointers(objects));
+    const bool same = *places->are_of(read, pointers(objects), address);
     object = before;
     if (same) return false;
   }
-  return *places->are_of(read, pointers(objects));
+  return *places->are_of(read, pointers(objects), address);
 }
 
 TEST(any_difference_of_any_tensor_is_seen) {
@@ -79,10 +84,10 @@ TEST(other_shapes_and_strides_are_seen) {
     std::vector<Object> objects = some();
     const std::optional<Places> places = Places::of(read, pointers(objects));
     objects[2].shape[at] = 5;
-    CHECK(!*places->are_of(read, pointers(objects)));
+    CHECK(!*places->are_of(read, pointers(objects), address));
     objects = some();
     objects[0].strides[at] = 5;
-    CHECK(!*places->are_of(read, pointers(objects)));
+    CHECK(!*places->are_of(read, pointers(objects), address));
   }
 }
 
@@ -91,7 +96,18 @@ TEST(an_address_and_an_offset_count_together) {
   const std::optional<Places> places = Places::of(read, pointers(objects));
   objects[0].address -= 64;
   objects[0].rest.byte_offset = 64;
-  CHECK(*places->are_of(read, pointers(objects)));
+  CHECK(*places->are_of(read, pointers(objects), address));
+}
+
+TEST(every_tensor_of_many_is_looked_at) {
+  std::vector<Object> objects(100);
+  const std::optional<Places> places = Places::of(read, pointers(objects));
+  CHECK(*places->are_of(read, pointers(objects), address));
+  for (Object& object : objects) {
+    object.rest.device_id = 1;
+    CHECK(!*places->are_of(read, pointers(objects), address));
+    object.rest.device_id = 0;
+  }
 }
 
 TEST(fewer_or_more_tensors_are_others) {
@@ -99,18 +115,18 @@ TEST(fewer_or_more_tensors_are_others) {
   const std::optional<Places> places = Places::of(read, pointers(objects));
   std::vector<void*> others = pointers(objects);
   others.pop_back();
-  CHECK(!*places->are_of(read, others));
+  CHECK(!*places->are_of(read, others, address));
   others = pointers(objects);
   others.push_back(others[0]);
-  CHECK(!*places->are_of(read, others));
-  CHECK(*Places().are_of(read, {}));
+  CHECK(!*places->are_of(read, others, address));
+  CHECK(*Places().are_of(read, {}, address));
 }
 
 TEST(a_refusal_is_told) {
   std::vector<Object> objects = some();
   const std::optional<Places> places = Places::of(read, pointers(objects));
   objects[2].refused = true;
-  CHECK(!places->are_of(read, pointers(objects)).has_value());
+  CHECK(!places->are_of(read, pointers(objects), address).has_value());
   CHECK(!Places::of(read, pointers(objects)).has_value());
 }
 
