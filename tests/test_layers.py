@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +132,10 @@ def test_only_the_bindings_know_python() -> None:
         if "pybind11" in path.read_text() or "Python.h" in path.read_text()
     }
     assert users == {"bindings.cpp"}
+
+
+def test_what_is_dropped_in_turn_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`./dev waits` takes long, so a line of its table that fell behind would be found late."""
+    monkeypatch.syspath_prepend(PACKAGE.parent / "tests" / "cpp")
+    for drop in importlib.import_module("dropped_waits").DROPS:
+        assert drop.apply((PACKAGE.parent / drop.file).read_text())

@@ -546,6 +546,20 @@ DROPS = [
         "cuda_engine_test staged_means_that_the_bytes_are_in_host_memory",
     ),
     Drop(
+        "a worker is woken for the digest of what was written",
+        ENGINE,
+        "    job->write_raw(lock);\n    wake_another();\n",
+        "    job->write_raw(lock);\n",
+        "engine_test writers_write_past_the_page_cache_and_workers_do_the_work",
+    ),
+    Drop(
+        "writers and workers are woken when the copy is over",
+        ENGINE,
+        "  engine_.wake_workers();\n  engine_.copies_.notify_all();\n",
+        "  engine_.copies_.notify_all();\n",
+        "engine_test what_is_to_be_encoded_waits_until_all_is_copied",
+    ),
+    Drop(
         "the lander is woken",
         ENGINE,
         "  engine_.landed_.notify_one();\n",
@@ -838,7 +852,7 @@ DROPS = [
     Drop(
         "counts of changes are compared",
         CAPTURE,
-        "        same = map(operator.eq, map(_changes, self._tensors), self._before)\n",
+        "        same = map(operator.eq, changes, self._before)\n",
         "        same = map(operator.eq, self._before, self._before)\n",
         OVERLAP + "a_tensor_that_changes_too_early_fails_the_snapshot[element]",
     ),
@@ -880,8 +894,8 @@ DROPS = [
     Drop(
         "or for that of the program",
         COMMIT,
-        "            self.newest.gate()\n        for thread",
-        "            pass\n        for thread",
+        "            self.newest.gate()\n        self._threads",
+        "            pass\n        self._threads",
         OVERLAP + "it_becomes_durable_however_the_program_ends[del program]",
     ),
     Drop(
