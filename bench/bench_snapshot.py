@@ -58,6 +58,11 @@ class Plan:
     peers: tuple[str, ...]
 
     @property
+    def own_repeats(self) -> int:
+        """Of pysnap's own saves, which are judged: a disk that others share is a noisy one."""
+        return 2 * self.repeats
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of the state, roughly."""
         return self.parameters * BYTES_PER_PARAMETER
@@ -101,7 +106,8 @@ def measurements(plan: Plan) -> list[Job]:
 
     again = {"parameters": plan.parameters, "repeats": plan.repeats}
     return [
-        *(saves(subject, plan.repeats) for subject in (*peers.OURS, *others)),
+        *(saves(subject, plan.own_repeats) for subject in peers.OURS),
+        *(saves(subject, plan.repeats) for subject in others),
         *(saves(peers.PYSNAP, 0) for _ in range(plan.more_firsts)),
         Job("codecs", "", again),
         Job("coders", "", {"steps": plan.trained_steps, "repeats": CODER_REPEATS * plan.repeats}),
@@ -246,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "note": options.note,
         "machine": facts,
         "repeats": plan.repeats,
+        "own_repeats": plan.own_repeats,
         "segment_seconds": plan.segment_seconds,
         "bound": plan.bound,
         "skipped": skipped,

@@ -110,7 +110,8 @@ def figures(results: Results, results_file: Path, readme: Path = README) -> str:
         f"({state['parameters'] / 1e6:.0f} M parameters with AdamW in fp32, {state['tensors']} "
         f"tensors), {machine['cores']} cores of {_article(machine['cpu'])}, "
         f"{machine['memory_bytes'] / 1e9:.0f} GB of memory, {machine['file_system']}, "
-        f"torch {machine['torch']}; medians of {results['repeats']}. All repetitions are in "
+        f"torch {machine['torch']}; medians of {results['repeats']}, of pysnap's own saves of "
+        f"{results['own_repeats']}. All repetitions are in "
         f"[{table}]({table}).",
         "",
         _table(results),

@@ -210,6 +210,7 @@ std::uintptr_t first_field(void* pointer) {
 py::list map_ahead(const py::function& function, const py::list& objects) {
   const py::tuple held(objects);  // whatever the function does to the list
   std::vector<void*> pointers;
+  pointers.reserve(held.size());
   for (const py::handle object : held) pointers.push_back(object.ptr());
   py::list results;
   for (std::size_t at = 0; at < pointers.size(); ++at) {

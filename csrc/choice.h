@@ -26,8 +26,8 @@ class Choice {
   bool encodes(Element element);
   // Whether encodes() would say no, now and for some chunks to come.
   bool is_raw(Element element) const;
-  // How long a chunk of `size` raw bytes took until it was written, without its digest, and how much
-  // of that its encoding was.
+  // How long a chunk of `size` raw bytes took until it was written, without its digest, and how
+  // much of that its encoding was.
   void learn(Element element, bool encoded, std::size_t size, double encoding, double seconds);
 
  private:

@@ -426,13 +426,11 @@ void Job::abort() {
 }
 
 // Past the page cache, a write takes next to no time of the processors.
-bool Job::may_write() const {
-  return pack_ != nullptr && pack_->is_direct() && is_next_raw();
-}
+bool Job::may_write() const { return pack_ != nullptr && pack_->is_direct() && is_next_raw(); }
 
 bool Job::may_work() const {
-  if (pack_ == nullptr || may_digest()) return pack_ != nullptr;
-  return !staged_.empty() && !may_write() && (!holding_ || is_next_raw());
+  if (pack_ == nullptr) return false;
+  return may_digest() || (!staged_.empty() && !may_write() && (!holding_ || is_next_raw()));
 }
 
 bool Job::may_digest() const { return !holding_ && !written_ahead_.empty(); }
@@ -490,8 +488,8 @@ void Job::encode(std::unique_lock<std::mutex>& lock, Encoder& encoder) {
     chunk.digest = xxh3_128(data, span.raw);
     const Stopwatch watch;
     // Raw, where it does not get smaller.
-    if (const std::size_t size = encoder.planes->encode(span.element, data, span.raw,
-                                                        encoder.out.get())) {
+    if (const std::size_t size =
+            encoder.planes->encode(span.element, data, span.raw, encoder.out.get())) {
       data = encoder.out.get();
       chunk.stored = static_cast<std::uint32_t>(size);
       chunk.encoding = Encoding::kPlanes;

@@ -50,7 +50,7 @@ enum class Codec { kNone, kFast, kSmall, kAuto };
 struct EngineOptions {
   std::size_t chunk_size = 4u << 20;  // also the size of a slot; a multiple of kPageSize
   std::size_t slots = 64;             // bound of the staging memory; at least 2
-  unsigned workers = 2;  // and writers
+  unsigned workers = 2;               // and writers
   unsigned copy_threads = 2;
   int nice = 10;          // of the workers
   bool direct_io = true;  // where the file system can
