@@ -1,5 +1,5 @@
-// bindings.cpp: the engine as the Python module pysnap._engine; the only file that knows Python.
-// Knows NumPy but not torch.
+// bindings.cpp: the engine as the Python module pysnap._engine. It and bindings_objects.cpp alone
+// know Python; they know NumPy but not torch.
 //
 // The GIL is released around everything that copies, waits or touches a disk, and taken again only
 // to look for signals.
@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <cstring>
 #include <optional>
 #include <string>
 #include <thread>
@@ -19,16 +18,14 @@
 #include <utility>
 #include <vector>
 
-#include "ahead.h"
+#include "bindings_objects.h"
 #include "codec.h"
 #include "copy.h"
 #include "cpu.h"
 #include "cuda_driver.h"
 #include "digest.h"
-#include "dlpack.h"
 #include "engine.h"
 #include "error.h"
-#include "places.h"
 #include "restore.h"
 #include "thread.h"
 #include "trace.h"
@@ -197,64 +194,6 @@ class OwnedJob {
   const std::shared_ptr<Job> job_;
 };
 
-// What the first field of a Python object points to, if that is a pointer; of a tensor of torch,
-// that is where nearly every question is answered.
-std::uintptr_t first_field(void* pointer) {
-  auto* object = static_cast<PyObject*>(pointer);
-  std::uintptr_t field = 0;
-  if (Py_TYPE(object)->tp_basicsize >= Py_ssize_t{sizeof(PyObject) + sizeof(field)})
-    std::memcpy(&field, object + 1, sizeof(field));
-  return field;
-}
-
-py::list map_ahead(const py::function& function, const py::list& objects) {
-  const py::tuple held(objects);  // whatever the function does to the list
-  std::vector<void*> pointers;
-  pointers.reserve(held.size());
-  for (const py::handle object : held) pointers.push_back(object.ptr());
-  py::list results;
-  for (std::size_t at = 0; at < pointers.size(); ++at) {
-    look_ahead(pointers.data(), pointers.size(), at, first_field);
-    PyObject* result = PyObject_CallOneArg(function.ptr(), static_cast<PyObject*>(pointers[at]));
-    if (result == nullptr) throw py::error_already_set();
-    results.append(py::reinterpret_steal<py::object>(result));
-  }
-  return results;
-}
-
-// Places of tensors that are of a type with this table. Torch is not known here, only its table.
-class TensorPlaces {
- public:
-  TensorPlaces(const py::capsule& exchange, const py::list& tensors) {
-    const auto* table = exchange.get_pointer<const dlpack::Exchange>();
-    const char* name = exchange.name();
-    if (name == nullptr || std::string(name) != dlpack::kCapsuleName ||
-        table->major != dlpack::kMajorVersion || table->tensor_from_object == nullptr)
-      throw Error(ErrorKind::kInvalid, "this is not DLPack's exchange of version 1");
-    read_ = table->tensor_from_object;
-    std::optional<Places> places = Places::of(read_, objects(tensors));
-    if (!places) throw py::error_already_set();
-    places_ = std::move(*places);
-  }
-
-  bool are_of(const py::list& tensors) const {
-    const std::optional<bool> same = places_.are_of(read_, objects(tensors), first_field);
-    if (!same) throw py::error_already_set();
-    return *same;
-  }
-
- private:
-  static std::vector<void*> objects(const py::list& list) {
-    std::vector<void*> objects;
-    objects.reserve(list.size());
-    for (const py::handle object : list) objects.push_back(object.ptr());
-    return objects;
-  }
-
-  dlpack::TensorFromObject read_;
-  Places places_;
-};
-
 py::object exception_type(const char* name) {
   return py::module_::import("pysnap.errors").attr(name);
 }
@@ -401,11 +340,7 @@ PYBIND11_MODULE(_engine, module) {
           py::arg("extents"), py::arg("spans"), py::arg("eager"), py::keep_alive<0, 1>())
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());
 
-  py::class_<TensorPlaces>(module, "TensorPlaces")
-      .def(py::init<const py::capsule&, const py::list&>(), py::arg("exchange"), py::arg("tensors"))
-      .def("are_of", &TensorPlaces::are_of, py::arg("tensors"));
-
-  module.def("map_ahead", &map_ahead, py::arg("function"), py::arg("objects"));
+  bind_objects(module);
 
   module.def(
       "restore",

@@ -90,6 +90,17 @@ class TensorPlaces:
         """Whether as many tensors have the same address, device, dtype, shape and strides, one by
         one; raises what the exchange raises."""
 
+class Level:
+    """Some lists, tuples, dicts and OrderedDicts: the length of each, which are mappings, their
+    keys (of types str and int) and the types of what is in them, one container after the other."""
+
+    def __init__(
+        self, *, lengths: list[int], is_mapping: list[bool], keys: list[Any], kinds: list[type]
+    ) -> None: ...
+    def open(self, containers: list[Any]) -> list[Any] | None:
+        """What is in other containers of the same types, one after the other; None where it is not
+        of the same types, or not under the same keys."""
+
 def map_ahead(function: Callable[[_Object], _Result], objects: list[_Object]) -> list[_Result]:
     """`list(map(function, objects))`, several times as fast where that waits for the memory: for
     many tensors, of which `function` asks something small."""

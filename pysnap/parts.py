@@ -148,6 +148,67 @@ def _plain(key: str, wrappers: list[tuple[str, str]]) -> str:
     return key
 
 
+class States:
+    """What parts have to store: their `state_dict()`, of most optimizers put together in a part of
+    the time."""
+
+    def __init__(self) -> None:
+        self._known: set[type] = set()  # of optimizers, of which torch says the same
+
+    def of(self, part: Stateful) -> Any:
+        gathered = _optimizer_state(part) if isinstance(part, torch.optim.Optimizer) else None
+        if gathered is not None and type(part) in self._known:
+            return gathered
+        state = part.state_dict()
+        if gathered is not None and _says_the_same(gathered, state):
+            self._known.add(type(part))
+        return state
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """The state of an optimizer that has no method and no hooks of its own for this, and one entry
+    for each parameter, in their order; None for others."""
+    if (
+        type(optimizer).state_dict is not _OPTIMIZER_STATE_DICT
+        or "state_dict" in vars(optimizer)
+        or optimizer._optimizer_state_dict_pre_hooks
+        or optimizer._optimizer_state_dict_post_hooks
+    ):
+        return None
+    parameters: list[torch.Tensor] = []
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        first = len(parameters)
+        parameters += group["params"]
+        rest = {key: value for key, value in group.items() if key != "params"}
+        groups.append(rest | {"params": list(range(first, len(parameters)))})
+    states = optimizer.state
+    if len(states) != len(parameters) or not all(map(operator.is_, states, parameters)):
+        return None
+    return {"state": dict(enumerate(states.values())), "param_groups": groups}
+
+
+_OPTIMIZER_STATE_DICT = torch.optim.Optimizer.state_dict
+
+
+def _says_the_same(gathered: dict[str, Any], state: Any) -> bool:
+    """Whether both have the same objects under the same keys."""
+    groups, others = gathered["param_groups"], state.get("param_groups", ())
+    return (
+        list(state) == list(gathered)
+        and list(state["state"]) == list(gathered["state"])
+        and all(map(operator.is_, state["state"].values(), gathered["state"].values()))
+        and len(others) == len(groups)
+        and all(map(_is_same_group, groups, others))
+    )
+
+
+def _is_same_group(group: dict[str, Any], other: dict[str, Any]) -> bool:
+    return list(group) == list(other) and all(
+        group[key] == other[key] if key == "params" else group[key] is other[key] for key in group
+    )
+
+
 class Container:
     """A dict, list, generator, tensor or array as a part: its content is replaced in place."""
 

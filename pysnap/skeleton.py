@@ -2,8 +2,8 @@
 
 A training run has the same containers at every snapshot, with the same keys, and tensors where
 tensors were; a few numbers and random states change. To see that, a state is taken apart level by
-level, all containers of one depth at once: so the work is done by a few calls of the interpreter's
-own loops for all entries of a level, and not by some instructions for each.
+level, all containers of one depth at once: so the work is done by a few calls for all entries of a
+level, and not by some instructions of the interpreter for each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pysnap import tree
+from pysnap import _engine, tree
 from pysnap.layout import Leaf
 
 _MAPPINGS = (dict, OrderedDict)
@@ -45,28 +45,13 @@ class Content:
 
 @dataclass
 class _Level:
-    """The containers of one depth, in order, and what is in them."""
+    """The containers of one depth, in order, and what is in them, one after the other."""
 
-    lengths: list[int]
-    is_mapping: list[bool]
-    keys: list[Any]
-    kinds: list[type]  # of what is in the containers, one after the other
+    containers: _engine.Level
     is_leaf: _Mask
     is_simple: _Mask
     is_other: _Mask
     is_container: _Mask
-
-    def open(self, containers: list[Any]) -> list[Any] | None:
-        """What is in the containers of this level of another state; None where it is not of the
-        same kind, under the same keys."""
-        if list(map(len, containers)) != self.lengths:
-            return None
-        keys = list(chain.from_iterable(compress(containers, self.is_mapping)))
-        # The types, too, for True equals 1.
-        if keys != self.keys or not _KEYS.issuperset(map(type, keys)):
-            return None
-        children = list(chain.from_iterable(_views(containers, self.is_mapping)))
-        return children if list(map(type, children)) == self.kinds else None
 
 
 def _mask(flags: list[bool]) -> _Mask:
@@ -129,10 +114,12 @@ class Skeleton:
         ]
         self._levels.append(
             _Level(
-                list(map(len, containers)),
-                is_mapping,
-                keys,
-                kinds,
+                _engine.Level(
+                    lengths=list(map(len, containers)),
+                    is_mapping=is_mapping,
+                    keys=keys,
+                    kinds=kinds,
+                ),
                 _mask(is_leaf),
                 _mask(is_simple),
                 _mask(is_other),
@@ -159,7 +146,7 @@ class Skeleton:
         content = Content([], [], [])
         containers: list[Any] = [value]
         for level in self._levels:
-            children = level.open(containers)
+            children = level.containers.open(containers)
             if children is None:
                 return None
             content.leaves += _select(children, level.is_leaf)

@@ -46,7 +46,7 @@ from pysnap.measure import shown_seconds
 from pysnap.memory import available_memory
 from pysnap.notes import Notes, tagged
 from pysnap.observers import Failure, Observers, ScalarWriter, SnapshotInfo
-from pysnap.parts import as_part
+from pysnap.parts import States, as_part
 from pysnap.preemption import Preempted, Preemption
 from pysnap.progress import Progress
 from pysnap.repository import Listing, Repository, Snapshot, tell_skipped
@@ -144,6 +144,7 @@ class Snapshotter:
             None if settings.resume is None else Which.parse(settings.resume, "PYSNAP_RESUME")
         )
         self._parts = {name: as_part(name, value) for name, value in parts.items()}
+        self._states = States()
         self._raises = settings.on_error == "raise"
         self._description = provenance.describe() | {
             "config": plain_json(config or {}),
@@ -474,7 +475,7 @@ class Snapshotter:
             raise ClosedError("this Snapshotter is closed")
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts.items()}
+        state: dict[str, Any] = {name: self._states.of(part) for name, part in self._parts.items()}
         state["progress"] = self.progress.state()
         # Last: a state_dict may draw.
         state["rng"] = rng.capture()

@@ -1,4 +1,4 @@
-"""What a module has to store is what its `state_dict` says."""
+"""What a module or an optimizer has to store is what its `state_dict` says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pysnap.parts import ModulePart
+from pysnap.parts import ModulePart, States
 
 
 class Net(nn.Module):
@@ -162,3 +162,131 @@ def test_what_torch_says_otherwise_is_torchs(monkeypatch: pytest.MonkeyPatch) ->
     part = ModulePart(Net())
     for _ in range(2):
         assert "first.new" in part.state_dict()
+
+
+# Optimizers
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "SGD without momentum": lambda p: torch.optim.SGD(p, lr=0.1),
+    "Adam": torch.optim.Adam,
+    "AdamW": lambda p: torch.optim.AdamW(p, amsgrad=True),
+    "Adagrad": torch.optim.Adagrad,
+    "Adadelta": torch.optim.Adadelta,
+    "Adamax": torch.optim.Adamax,
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "ASGD": torch.optim.ASGD,
+    "RMSprop": torch.optim.RMSprop,
+    "Rprop": torch.optim.Rprop,
+    "Adam with a tensor as lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.1), foreach=False),
+}
+
+
+class OwnOptimizer(torch.optim.SGD):
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"more": 1}
+
+
+def trained(make: Callable[[Any], torch.optim.Optimizer], *, frozen: int = -1) -> Any:
+    """An optimizer of two groups behind a step; one parameter may have no gradient."""
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(4)]
+    optimizer = make([{"params": parameters[:1]}, {"params": parameters[1:]}])
+    for at, parameter in enumerate(parameters):
+        if at != frozen:
+            parameter.grad = torch.ones(3)
+    optimizer.step()
+    return optimizer
+
+
+def is_torchs(state: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """The same objects in the same order, and no more."""
+    expected = optimizer.state_dict()
+    groups = zip(state["param_groups"], expected["param_groups"], strict=True)
+    return (
+        list(state) == list(expected)
+        and list(state["state"]) == list(expected["state"])
+        and all(state["state"][key] is expected["state"][key] for key in expected["state"])
+        and all(list(group) == list(other) and str(group) == str(other) for group, other in groups)
+    )
+
+
+@pytest.mark.parametrize("frozen", [-1, 0, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_says_what_torch_says(name: str, frozen: int) -> None:
+    optimizer = trained(OPTIMIZERS[name], frozen=frozen)
+    states = States()
+    for _ in range(3):
+        assert is_torchs(states.of(optimizer), optimizer)
+
+
+def test_states_in_another_order_than_their_parameters_keep_their_numbers() -> None:
+    optimizer = trained(torch.optim.Adam)
+    states = States()
+    states.of(optimizer)
+    first = next(iter(optimizer.state))
+    optimizer.state[first] = optimizer.state.pop(first)
+    assert is_torchs(states.of(optimizer), optimizer)
+    assert list(states.of(optimizer)["state"]) == [1, 2, 3, 0]
+
+
+def test_a_plain_optimizer_is_not_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = trained(torch.optim.Adam)
+    states = States()
+    expected = states.of(optimizer)
+    monkeypatch.setattr("pysnap.parts._says_the_same", None)
+    assert str(states.of(optimizer)) == str(expected)
+
+
+def test_an_optimizer_with_a_method_of_its_own_is_asked() -> None:
+    optimizer = trained(lambda p: OwnOptimizer(p, lr=0.1, momentum=0.9))
+    states = States()
+    for _ in range(2):
+        assert states.of(optimizer)["more"] == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["pre", "post", "instance"])
+def test_hooks_of_an_optimizer_are_called(kind: str, when: str) -> None:
+    optimizer = trained(torch.optim.Adam)
+    states = States()
+    called = []
+
+    def pre(_: Any) -> None:
+        called.append(kind)
+
+    def post(_: Any, state: Any) -> None:
+        called.append(kind)
+
+    def own() -> Any:
+        called.append(kind)
+        return torch.optim.Adam.state_dict(optimizer)
+
+    if when == "after":
+        states.of(optimizer)
+    if kind == "pre":
+        optimizer.register_state_dict_pre_hook(pre)
+    elif kind == "post":
+        optimizer.register_state_dict_post_hook(post)
+    else:
+        optimizer.state_dict = own
+    for _ in range(2):
+        states.of(optimizer)
+    assert called == [kind, kind]
+
+
+def test_what_torch_says_otherwise_of_an_optimizer_is_torchs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A later torch may store more."""
+    state_dict = torch.optim.Optimizer.state_dict
+
+    def more(self: torch.optim.Optimizer) -> Any:
+        return state_dict(self) | {"new": 1}
+
+    monkeypatch.setattr(torch.optim.Optimizer, "state_dict", more)
+    monkeypatch.setattr("pysnap.parts._OPTIMIZER_STATE_DICT", more)
+    optimizer = trained(torch.optim.Adam)
+    states = States()
+    for _ in range(2):
+        assert states.of(optimizer)["new"] == 1

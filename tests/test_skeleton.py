@@ -316,6 +316,28 @@ def test_every_tensor_of_many_is_looked_at(find_places: Any) -> None:
         assert not are_places(places, [*tensors[:at], torch.zeros(2), *tensors[at + 1 :]])
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"lengths": [1, 1]}, {"is_mapping": [True, True]}, {"keys": []}, {"kinds": [int]}]
+)
+def test_a_level_of_other_lengths_is_refused(wrong: dict[str, Any]) -> None:
+    level = {"lengths": [1, 2], "is_mapping": [True, False], "keys": ["a"], "kinds": [int] * 3}
+    assert _engine.Level(**level).open([{"a": 1}, [2, 3]]) == [1, 2, 3]
+    with pytest.raises(pysnap.ConfigError, match="lengths"):
+        _engine.Level(**(level | wrong))
+
+
+def test_a_level_of_other_types_is_not_opened() -> None:
+    level = _engine.Level(
+        lengths=[1, 2], is_mapping=[True, False], keys=["a"], kinds=[int, int, int]
+    )
+    assert level.open([{"a": 1}, {2: 2, 3: 3}]) is None
+    assert level.open([{"a": 1}]) is None
+    with pytest.raises(TypeError):
+        level.open([{"a": 1}, 7])
+    with pytest.raises(AttributeError):
+        level.open([[1], [2, 3]])
+
+
 # Asking many objects
 
 
