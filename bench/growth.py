@@ -1,4 +1,4 @@
-"""How a figure grows along an axis: the factor per decade between neighbours, and the exponent."""
+"""How a figure grows along an axis: beside its place, between neighbours; and the exponent."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from itertools import pairwise
 Curve = Sequence[tuple[float, float]]
 
 
-def per_decade(curve: Curve) -> list[float]:
-    """By what factor the figure grows between neighbours, as if they were a decade apart: 10 is
-    linear, 1 is constant."""
+def beside_linear(curve: Curve) -> list[float]:
+    """How much more the figure grows than the place between neighbours: 1 is linear, below it
+    slower."""
     return [
-        math.pow(after / before, 1 / math.log10(end / start))
-        for (start, before), (end, after) in pairwise(curve)
+        (after / before) / (end / start) for (start, before), (end, after) in pairwise(curve)
     ]
 
 
