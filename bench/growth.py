@@ -14,9 +14,7 @@ Curve = Sequence[tuple[float, float]]
 def beside_linear(curve: Curve) -> list[float]:
     """How much more the figure grows than the place between neighbours: 1 is linear, below it
     slower."""
-    return [
-        (after / before) / (end / start) for (start, before), (end, after) in pairwise(curve)
-    ]
+    return [(after / before) / (end / start) for (start, before), (end, after) in pairwise(curve)]
 
 
 def exponent(curve: Curve) -> float:
