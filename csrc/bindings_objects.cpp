@@ -129,6 +129,8 @@ class Level {
         if (!keys) throw py::error_already_set();
         const auto values = py::reinterpret_steal<py::list>(PyMapping_Values(mapping));
         if (!values) throw py::error_already_set();
+        // One that a method of dict has changed has more than its order knows.
+        if (PyList_GET_SIZE(keys.ptr()) != PyObject_Size(mapping)) return false;
         for (std::size_t i = 0; i < keys.size(); ++i)
           if (!add_key(keys[i].ptr())) return false;
         return add_items(values.ptr());

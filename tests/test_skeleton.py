@@ -326,6 +326,14 @@ def test_a_level_of_other_lengths_is_refused(wrong: dict[str, Any]) -> None:
         _engine.Level(**(level | wrong))
 
 
+def test_an_ordered_dict_that_has_more_than_its_order_is_not_opened() -> None:
+    level = _engine.Level(lengths=[2], is_mapping=[True], keys=["a", "b"], kinds=[int, int])
+    ordered = OrderedDict(a=1)
+    dict.__setitem__(ordered, "b", 2)
+    assert level.open([ordered]) is None
+    assert level.open([OrderedDict(a=1, b=2)]) == [1, 2]
+
+
 def test_a_level_of_other_types_is_not_opened() -> None:
     level = _engine.Level(
         lengths=[1, 2], is_mapping=[True, False], keys=["a"], kinds=[int, int, int]
