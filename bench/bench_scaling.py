@@ -167,16 +167,16 @@ def bars(axes: dict[str, list[Point]]) -> list[Bar]:
         for along, axis in axes.items()
         for figure in JUDGED
     ]
-    many = [row for point in axes[COUNT] if point["tensors"] >= PYTHON_TENSORS
-            for row in point["warm"]]  # fmt: skip
+    many = [point for point in axes[COUNT] if point["tensors"] >= PYTHON_TENSORS]
+    rows = [row for point in many for row in point["warm"]]
     what = f"ms of Python in a warm save of {PYTHON_TENSORS} tensors"
     return [
         *found,
-        Bar(what, PYTHON_MILLISECONDS, [1e3 * row["python_seconds"] for row in many]),
+        Bar(what, PYTHON_MILLISECONDS, [1e3 * row["python_seconds"] for row in rows]),
         Bar(
             f"{what}, with overlap",
             PYTHON_MILLISECONDS,
-            [1e3 * row["overlap_python_seconds"] for row in many],
+            [1e3 * row["overlap_python_seconds"] for row in rows],
         ),
     ]
 

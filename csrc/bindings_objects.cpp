@@ -30,11 +30,15 @@ std::uintptr_t first_field(void* pointer) {
   return field;
 }
 
+// Of a list or a tuple, which holds the objects.
+std::vector<void*> pointers_to(const py::handle& sequence) {
+  PyObject** const first = PySequence_Fast_ITEMS(sequence.ptr());
+  return std::vector<void*>(first, first + PySequence_Fast_GET_SIZE(sequence.ptr()));
+}
+
 py::list map_ahead(const py::function& function, const py::list& objects) {
   const py::tuple held(objects);  // whatever the function does to the list
-  std::vector<void*> pointers;
-  pointers.reserve(held.size());
-  for (const py::handle object : held) pointers.push_back(object.ptr());
+  const std::vector<void*> pointers = pointers_to(held);
   py::list results;
   for (std::size_t at = 0; at < pointers.size(); ++at) {
     look_ahead(pointers.data(), pointers.size(), at, first_field);
@@ -55,25 +59,18 @@ class TensorPlaces {
         table->major != dlpack::kMajorVersion || table->tensor_from_object == nullptr)
       throw Error(ErrorKind::kInvalid, "this is not DLPack's exchange of version 1");
     read_ = table->tensor_from_object;
-    std::optional<Places> places = Places::of(read_, objects(tensors));
+    std::optional<Places> places = Places::of(read_, pointers_to(tensors));
     if (!places) throw py::error_already_set();
     places_ = std::move(*places);
   }
 
   bool are_of(const py::list& tensors) const {
-    const std::optional<bool> same = places_.are_of(read_, objects(tensors), first_field);
+    const std::optional<bool> same = places_.are_of(read_, pointers_to(tensors), first_field);
     if (!same) throw py::error_already_set();
     return *same;
   }
 
  private:
-  static std::vector<void*> objects(const py::list& list) {
-    std::vector<void*> objects;
-    objects.reserve(list.size());
-    for (const py::handle object : list) objects.push_back(object.ptr());
-    return objects;
-  }
-
   dlpack::TensorFromObject read_;
   Places places_;
 };

@@ -181,7 +181,7 @@ class _Planned:
 
     def waiting(self) -> list[torch.Tensor]:
         """The tensors that may be copied later."""
-        return list(compress(self.leaves, self.waits))  # type: ignore[arg-type]  # tensors alone wait
+        return list(compress(self.leaves, self.waits))  # type: ignore[arg-type]  # no array waits
 
     def name_of(self, number: int) -> str:
         """The path of one of those that `waiting` returns."""

@@ -183,7 +183,7 @@ class Places:
 
     def _tensors_of(self, leaves: list[Leaf]) -> list[torch.Tensor]:
         tensors = compress(leaves, self._is_tensor) if self._has_arrays else leaves
-        return list(tensors)  # type: ignore[arg-type]  # tensors alone
+        return list(tensors)  # type: ignore[arg-type]  # the arrays are left out
 
 
 def tensor_places(

@@ -196,17 +196,16 @@ def _says_the_same(gathered: dict[str, Any], state: Any) -> bool:
     groups, others = gathered["param_groups"], state.get("param_groups", ())
     return (
         list(state) == list(gathered)
-        and list(state["state"]) == list(gathered["state"])
-        and all(map(operator.is_, state["state"].values(), gathered["state"].values()))
+        and _are_same(state["state"], gathered["state"])
         and len(others) == len(groups)
         and all(map(_is_same_group, groups, others))
     )
 
 
 def _is_same_group(group: dict[str, Any], other: dict[str, Any]) -> bool:
-    return list(group) == list(other) and all(
-        group[key] == other[key] if key == "params" else group[key] is other[key] for key in group
-    )
+    # The lists of numbers are equal, but not one object.
+    without = {"params": None}
+    return group["params"] == other.get("params") and _are_same(group | without, other | without)
 
 
 class Container:

@@ -568,7 +568,9 @@ def test_no_more_threads_fails_the_snapshot_not_the_training(
         snapshotter.save().wait()
 
 
-def test_an_exception_of_a_signal_handler_is_not_taken_for_a_refused_thread(tmp_path: Path) -> None:
+def test_an_exception_of_a_signal_handler_is_not_taken_for_a_refused_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A RuntimeError of the program's own was swallowed when it came while the thread started."""
     with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
         start = snapshotter._committer._start
@@ -577,14 +579,16 @@ def test_an_exception_of_a_signal_handler_is_not_taken_for_a_refused_thread(tmp_
             start(run)
             raise RuntimeError("mine")
 
-        snapshotter._committer._start = interrupted  # type: ignore[method-assign]  # right there
-        with pytest.raises(RuntimeError, match="mine"):
-            snapshotter.save()
-        snapshotter._committer._start = start  # type: ignore[method-assign]  # put back
+        with monkeypatch.context() as patch:
+            patch.setattr(snapshotter._committer, "_start", interrupted)
+            with pytest.raises(RuntimeError, match="mine"):
+                snapshotter.save()
         snapshotter.save().wait()
 
 
-def test_what_is_given_up_before_the_committing_thread_begins_is_told_once(tmp_path: Path) -> None:
+def test_what_is_given_up_before_the_committing_thread_begins_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pysnap.Snapshotter(tmp_path, values={"a": 1}) as snapshotter:
         committer = snapshotter._committer
         runs: list[Callable[[], object]] = []
@@ -593,10 +597,10 @@ def test_what_is_given_up_before_the_committing_thread_begins_is_told_once(tmp_p
             runs.append(run)
             raise KeyboardInterrupt
 
-        start, committer._start = committer._start, interrupted  # type: ignore[method-assign]  # it begins none
-        with pytest.raises(KeyboardInterrupt):
-            snapshotter.save()
-        committer._start = start  # type: ignore[method-assign]  # put back
+        with monkeypatch.context() as patch:
+            patch.setattr(committer, "_start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                snapshotter.save()
         snapshotter.save().wait()
         runs[0]()
         assert (snapshotter.stats().failed, snapshotter.stats().durable) == (1, 1)
