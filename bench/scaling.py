@@ -118,10 +118,10 @@ def measure(
                     "durable_seconds": time.perf_counter() - start,
                     "manifest_bytes": (info.path / "manifest.json").stat().st_size,
                     "bytes": sum(file.stat().st_size for file in info.path.iterdir()),
+                    "overlap_seconds": _overlap(snapshotter),
                 }
             )
             remove(info.path)
-            rows[-1]["overlap_seconds"] = _overlap(snapshotter)
         extra = memory.peak()
     copies = _captures(folder / "trace.json")
     for row, copied, beside in zip(rows, copies[::2], copies[1::2], strict=True):

@@ -245,6 +245,28 @@ def test_an_optimizer_with_a_method_of_its_own_is_asked() -> None:
         assert states.of(optimizer)["more"] == 1
 
 
+def test_a_method_of_its_own_that_says_more_later_is_asked() -> None:
+    class Late(torch.optim.SGD):
+        more: dict[str, Any] = {}
+
+        def state_dict(self) -> dict[str, Any]:
+            return super().state_dict() | self.more
+
+    optimizer = trained(lambda p: Late(p, lr=0.1, momentum=0.9))
+    states = States()
+    states.of(optimizer)
+    optimizer.more = {"more": 1}
+    assert states.of(optimizer)["more"] == 1
+
+
+def test_a_state_that_belongs_to_no_parameter_keeps_its_key() -> None:
+    optimizer = trained(torch.optim.Adam)
+    states = States()
+    states.of(optimizer)
+    optimizer.state["calls"] = {"count": 7}
+    assert is_torchs(states.of(optimizer), optimizer)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", ["pre", "post", "instance"])
 def test_hooks_of_an_optimizer_are_called(kind: str, when: str) -> None:
