@@ -246,16 +246,16 @@ def test_an_optimizer_with_a_method_of_its_own_is_asked() -> None:
 
 
 def test_a_method_of_its_own_that_says_more_later_is_asked() -> None:
-    class Late(torch.optim.SGD):
-        more: dict[str, Any] = {}
+    more: dict[str, Any] = {}
 
+    class Late(torch.optim.SGD):
         def state_dict(self) -> dict[str, Any]:
-            return super().state_dict() | self.more
+            return super().state_dict() | more
 
     optimizer = trained(lambda p: Late(p, lr=0.1, momentum=0.9))
     states = States()
     states.of(optimizer)
-    optimizer.more = {"more": 1}
+    more["more"] = 1
     assert states.of(optimizer)["more"] == 1
 
 
