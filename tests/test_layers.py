@@ -134,6 +134,18 @@ def test_only_the_bindings_know_python() -> None:
     assert users == {"bindings.cpp", "bindings_objects.cpp", "bindings_objects.h"}
 
 
+def test_the_extension_offers_nothing_but_its_entry() -> None:
+    """Where a compiler links the C++ library into it, seen symbols mixed with those that torch
+    uses, and the import crashed."""
+    extension = importlib.import_module("pysnap._engine").__file__
+    assert extension is not None
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", "--format=just-symbols", extension],
+        check=True, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert symbols.stdout.split() == ["PyInit__engine"]
+
+
 def test_what_is_dropped_in_turn_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """`./dev waits` takes long, so a line of its table that fell behind would be found late."""
     monkeypatch.syspath_prepend(PACKAGE.parent / "tests" / "cpp")
