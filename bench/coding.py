@@ -9,6 +9,7 @@ from typing import Any
 
 import coders
 from coders import Coder, UnavailableCoderError
+from memory import keep_freed_memory
 from payloads import Payload, payloads
 from trained import train
 
@@ -24,6 +25,7 @@ def measure(
     *, steps: int, repeats: int, directory: str, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Train for `steps`, then `compare`; nothing is written to `directory`."""
+    keep_freed_memory()
     model = train(steps, lambda step: tell(f"training, step {step} of {steps}"))
     made = payloads(model)
     facts = {"steps": steps, "loss": model.loss, "parameters": model.weights.numel()}

@@ -13,6 +13,19 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def keep_freed_memory() -> None:
+    """Have memory that is freed stay with this process, where its allocator can: a result of
+    megabytes is in new pages each time otherwise, or is not, by chance."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # The largest that is allowed.
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 class ExtraMemory:
     """Resident bytes above those at construction, at the peak since then.
 
