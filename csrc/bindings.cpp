@@ -346,16 +346,18 @@ PYBIND11_MODULE(_engine, module) {
       "restore",
       [](const std::vector<std::pair<std::string, std::uint64_t>>& packs,
          const Rows<ChunkRow>& chunks, const Rows<Target>& targets, unsigned threads,
-         const std::vector<std::string>& zstd, const Streams& streams) {
+         const std::vector<std::string>& zstd, const Streams& streams,
+         const std::shared_ptr<Engine>& engine) {
         const std::vector<PackFile> files = to_packs(packs);
         const std::vector<StoredChunk> table = to_chunks(chunks);
         const std::vector<Target> places = to_vector(targets);
         run_interruptibly([&] {
-          return restore(files, table, places, threads, open_zstd(zstd), streams, signal_pending);
+          return restore(files, table, places, threads, open_zstd(zstd), streams,
+                         engine == nullptr ? nullptr : engine->staging(), signal_pending);
         });
       },
       py::kw_only(), py::arg("packs"), py::arg("chunks"), py::arg("targets"), py::arg("threads"),
-      py::arg("zstd"), py::arg("streams") = Streams());
+      py::arg("zstd"), py::arg("streams") = Streams(), py::arg("engine") = nullptr);
   module.def(
       "verify",
       [](const std::vector<std::pair<std::string, std::uint64_t>>& packs,

@@ -73,7 +73,8 @@ Job::Job(Engine& engine, std::vector<Extent> extents, std::vector<Span> spans, s
     extent_starts_.push_back(stream);
     stream += extent.length;
     if (stream <= eager_end) eager_extents_ = extents_.size();
-    if (devices_.count(extent.device) == 0) devices_[extent.device] = engine_.device(extent.device);
+    if (devices_.count(extent.device) == 0)
+      devices_[extent.device] = engine_.staging_->device(extent.device);
   };
   for (const Extent& extent : extents) {
     // No extent is eager in part.
@@ -220,7 +221,7 @@ void Job::copy(const Interrupted& interrupted, std::chrono::milliseconds patienc
 std::optional<Slot> Job::wait_for_slot(const Interrupted& interrupted,
                                        std::chrono::milliseconds patience) {
   using Clock = std::chrono::steady_clock;
-  std::optional<Slot> slot = engine_.pool_->try_acquire();
+  std::optional<Slot> slot = engine_.staging_->slots().try_acquire();
   std::size_t seen = 0;
   Clock::time_point moved = Clock::now();
   while (!slot) {
@@ -234,7 +235,7 @@ std::optional<Slot> Job::wait_for_slot(const Interrupted& interrupted,
     if (Clock::now() - moved >= patience)
       throw Error::io("waiting for the disk to take", "what fills the staging memory", ETIMEDOUT);
     engine_.wake_workers();
-    slot = engine_.pool_->acquire(kPoll);
+    slot = engine_.staging_->slots().acquire(kPoll);
     if (!slot) poll(interrupted);
   }
   return slot;
@@ -575,7 +576,7 @@ std::shared_ptr<Engine> Engine::create(EngineOptions options) {
 Engine::Engine(EngineOptions options)
     : options_(std::move(options)),
       owner_(::getpid()),
-      pool_(SlotPool::create(options_.chunk_size, options_.slots)),
+      staging_(std::make_shared<Staging>(options_.chunk_size, options_.slots)),
       choice_(options_.workers) {}
 
 Engine::~Engine() { close(); }
@@ -605,30 +606,25 @@ void Engine::reserve(std::uint64_t bytes, const std::vector<DeviceIndex>& device
                      std::uint64_t eager) {
   check_process();
   for (DeviceIndex index : devices) {
-    const std::shared_ptr<Device> opened = device(index);
+    const std::shared_ptr<Device> opened = staging_->device(index);
     if (eager <= kMostCloned) opened->reserve_clone(static_cast<std::size_t>(eager));
   }
-  pool_->reserve(static_cast<std::size_t>(bytes / options_.chunk_size + 1));
+  staging_->slots().reserve(static_cast<std::size_t>(bytes / options_.chunk_size + 1));
 }
 
 void Engine::wait_reserved() {
   check_process();
-  pool_->wait_reserved();
+  staging_->slots().wait_reserved();
 }
 
 std::string Engine::why_pageable() const {
   check_process();
-  return pool_->why_pageable();
+  return staging_->slots().why_pageable();
 }
 
-std::shared_ptr<Device> Engine::device(DeviceIndex index) {
-  std::lock_guard<std::mutex> lock(devices_mutex_);
-  std::shared_ptr<Device>& device = devices_[index];
-  if (device == nullptr) {
-    device = open_device(index);
-    if (index != kHost) pool_->pin(device);
-  }
-  return device;
+std::shared_ptr<Staging> Engine::staging() const {
+  check_process();
+  return staging_;
 }
 
 std::shared_ptr<Job> Engine::begin(std::vector<Extent> extents, std::vector<Span> spans,
@@ -666,9 +662,7 @@ void Engine::close() {
   }
   landed_.notify_all();
   if (lander_.joinable()) lander_.join();
-  pool_->stop();
-  std::lock_guard<std::mutex> lock(devices_mutex_);
-  devices_.clear();
+  staging_->close();
 }
 
 // Waits for what devices copy, the oldest first, and hands it to the workers; of a job that has

@@ -39,6 +39,7 @@
 #include "in_flight.h"
 #include "pack.h"
 #include "slot_pool.h"
+#include "staging.h"
 #include "zstd.h"
 
 namespace pysnap {
@@ -240,6 +241,8 @@ class Engine {
   void wait_reserved();
   // Why copies of CUDA devices are slower than need be and block the caller; empty if they are not.
   std::string why_pageable() const;
+  // For a restore; not while a job is in flight, which would wait for it.
+  std::shared_ptr<Staging> staging() const;
 
   // `extents` laid end to end are the stream, `spans` cut it into chunks; the first `eager` chunks
   // are copied by capture(), the others later. No I/O, no copy. Throws Error(kInvalid) for
@@ -263,7 +266,6 @@ class Engine {
   void wake_another();
   void help_copy();
   void land();
-  std::shared_ptr<Device> device(DeviceIndex index);
   bool encodes(Element element);
   bool writes_raw(Element element) const;
 
@@ -271,11 +273,7 @@ class Engine {
   const EngineOptions options_;
   const pid_t owner_;
   const Error closed_{ErrorKind::kClosed, "the engine was closed before the snapshot was written"};
-  std::shared_ptr<SlotPool> pool_;
-
-  // Guards devices_ alone; taken before mutex_, as opening a device takes long.
-  std::mutex devices_mutex_;
-  Devices devices_;
+  const std::shared_ptr<Staging> staging_;
 
   std::mutex mutex_;
   // Guarded by mutex_.

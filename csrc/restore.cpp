@@ -33,8 +33,7 @@ struct Piece {
   std::size_t offset;
   std::size_t length;
   std::uint64_t address;
-  Device* device;
-  DeviceIndex index;
+  Device* device;  // null: host memory
 };
 
 // How much of a pack that is read in place may count as resident memory of this process.
@@ -107,24 +106,28 @@ class ChunkReader {
         raw_before_(make_buffer(largest)) {}
 
   // Calls use(raw bytes, copies) once the bytes are checked; they stay for what it adds to the
-  // copies, until finish() or the end of the next read(). Throws Error(kCorrupt), also for the
-  // chunk before, or Error(kIo).
+  // copies, until finish() or the end of the next read(), in memory of this reader or in the page
+  // cache. With a `slot`, which has room for any chunk, they are left in there, and what use() adds
+  // is copied when read() returns. Throws Error(kCorrupt), also for the chunk before, or
+  // Error(kIo).
   template <typename Use>
-  void read(std::size_t index, Use use) {
+  void read(std::size_t index, std::uint8_t* slot, Use use) {
     const StoredChunk& chunk = chunks_[index];
     trace::Scope scope(trace::Phase::kRead, chunk.raw);
     OpenPack& pack = packs_[chunk.pack];
     pack.check();
     std::swap(raw_, raw_before_);
+    std::uint8_t* const own = slot != nullptr ? slot : raw_.get();
     const bool encoded = chunk.encoding == Encoding::kPlanes;
     // Not for a decoder: the bytes of a file may change under it.
-    const std::uint8_t* in_place = encoded ? nullptr : pack.in_place(chunk.offset, padded(chunk));
-    const Buffer& buffer = encoded ? stored_ : raw_;
+    const bool may_stay = slot == nullptr && !encoded;
+    const std::uint8_t* in_place = may_stay ? pack.in_place(chunk.offset, padded(chunk)) : nullptr;
+    std::uint8_t* const buffer = encoded ? stored_.get() : own;
     // The disk may take so long that pages of the one before, which was checked, are read anew.
     if (in_place == nullptr && in_place_) finish();
-    if (in_place == nullptr && !pack.read(buffer.get(), padded(chunk), chunk.offset))
+    if (in_place == nullptr && !pack.read(buffer, padded(chunk), chunk.offset))
       throw damage(index, "the file ends before it");
-    const std::uint8_t* raw = in_place != nullptr ? in_place : buffer.get();
+    const std::uint8_t* raw = in_place != nullptr ? in_place : buffer;
     if (std::any_of(raw + chunk.stored, raw + padded(chunk),
                     [](std::uint8_t byte) { return byte != 0; })) {
       throw damage(index, "the bytes behind it are not zero");
@@ -132,9 +135,9 @@ class ChunkReader {
     if (encoded) {
       // It has tables and memory of its own, which raw chunks do without.
       if (!decoder_) decoder_.emplace(zstd_);
-      if (!decoder_->decode(chunk.element, stored_.get(), chunk.stored, raw_.get(), chunk.raw))
+      if (!decoder_->decode(chunk.element, stored_.get(), chunk.stored, own, chunk.raw))
         throw damage(index, "it cannot be decoded");
-      raw = raw_.get();
+      raw = own;
     }
     const Digest digest = xxh3_128(raw, chunk.raw, copies_);
     finish();
@@ -142,6 +145,7 @@ class ChunkReader {
     if (in_place != nullptr) in_place_ = index;
     scope.next(trace::Phase::kPut, chunk.raw);
     use(raw, copies_);
+    if (slot != nullptr) finish();
   }
 
   // Makes the copies that are left. Throws Error(kCorrupt).
@@ -195,21 +199,12 @@ std::uint64_t check_table(const std::vector<PackFile>& packs,
   return stream;
 }
 
-// Takes checked chunks to their targets: to those on devices through pinned slots, so that the next
-// chunk is read meanwhile.
+// Takes checked chunks to devices, out of pinned slots, while the next ones are read.
 class Uploads {
  public:
-  Uploads(const Devices& devices, std::size_t largest, unsigned threads,
-          std::chrono::milliseconds device_timeout)
-      : device_timeout_(device_timeout) {
-    for (const auto& [index, device] : devices) {
-      if (index == kHost) continue;
-      if (pool_ == nullptr) {
-        pool_ = SlotPool::create(round_up(largest, kPageSize), 2 * std::max(1u, threads));
-        pool_->pin(device);
-      }
-    }
-  }
+  // `slots` must outlive it.
+  Uploads(SlotPool& slots, std::chrono::milliseconds device_timeout)
+      : slots_(slots), device_timeout_(device_timeout) {}
   Uploads(const Uploads&) = delete;
   Uploads& operator=(const Uploads&) = delete;
   // What failed or was interrupted must not leave copies that read memory which is gone.
@@ -224,30 +219,33 @@ class Uploads {
         // The failure before it is the one that is told.
       }
     }
-    if (pool_ != nullptr) pool_->stop();
   }
 
-  // Any thread may call it. What goes to the host is added to `copies`; for the rest, `raw` is not
-  // needed any more when it returns. False if `stopped` ended it. Throws Error(kDevice), also for a
-  // chunk before this one.
-  bool start(const std::uint8_t* raw, std::size_t size, const std::vector<Piece>& pieces,
-             PendingCopies& copies, const Interrupted& stopped) {
-    std::map<Device*, std::vector<Place>> uploads;
-    for (const Piece& piece : pieces) {
-      if (piece.index == kHost) {
-        copies.add(reinterpret_cast<void*>(static_cast<std::uintptr_t>(piece.address)),
-                   raw + piece.offset, piece.length);
+  // Null if `stopped` ended the wait. Throws Error(kDevice) for a chunk before.
+  std::optional<Slot> wait_for_slot(const Interrupted& stopped) {
+    for (;;) {
+      if (std::optional<Slot> slot = slots_.try_acquire()) return slot;
+      if (std::list<InFlight> flight = oldest(); !flight.empty()) {
+        if (!wait(flight, stopped)) return std::nullopt;
       } else {
-        uploads[piece.device].push_back({piece.address, piece.offset, piece.length});
+        // Other threads have all of them, or the pool still grows.
+        if (std::optional<Slot> slot = slots_.acquire(kPoll)) return slot;
+        if (stopped()) return std::nullopt;
       }
     }
-    if (uploads.empty()) return true;
-    std::optional<Slot> slot = wait_for_slot(stopped);
-    if (!slot) return false;
-    stream_copy(slot->data(), raw, size);
+  }
+
+  // Queues the copies of what is in `slot` to those of the places that are on devices. Throws
+  // Error(kDevice).
+  void start(Slot slot, const std::vector<Piece>& pieces) {
+    std::map<Device*, std::vector<Place>> uploads;
+    for (const Piece& piece : pieces) {
+      if (piece.device != nullptr)
+        uploads[piece.device].push_back({piece.address, piece.offset, piece.length});
+    }
     // Made before the copies: where memory runs out later, they are waited for all the same.
     std::list<InFlight> flight;
-    flight.emplace_back(std::move(*slot));
+    flight.emplace_back(std::move(slot));
     std::exception_ptr failure;
     try {
       for (const auto& [device, places] : uploads) {
@@ -260,7 +258,6 @@ class Uploads {
     flight.front().mark();
     keep(flight);
     if (failure) std::rethrow_exception(failure);
-    return true;
   }
 
   // Returns when every copy has ended; false if `interrupted`. Throws Error(kDevice).
@@ -272,19 +269,6 @@ class Uploads {
   }
 
  private:
-  std::optional<Slot> wait_for_slot(const Interrupted& stopped) {
-    for (;;) {
-      if (std::optional<Slot> slot = pool_->try_acquire()) return slot;
-      if (std::list<InFlight> flight = oldest(); !flight.empty()) {
-        if (!wait(flight, stopped)) return std::nullopt;
-      } else {
-        // Other threads have all of them, or the pool still grows.
-        if (std::optional<Slot> slot = pool_->acquire(kPoll)) return slot;
-        if (stopped()) return std::nullopt;
-      }
-    }
-  }
-
   bool wait(std::list<InFlight>& flight, const Interrupted& stopped) {
     while (!flight.front().wait(kPoll)) {
       if (!stopped || !stopped()) continue;
@@ -307,13 +291,21 @@ class Uploads {
     in_flight_.splice(in_flight_.end(), flight);
   }
 
-  // Constant after construction.
+  SlotPool& slots_;
   const std::chrono::milliseconds device_timeout_;
-  std::shared_ptr<SlotPool> pool_;  // null without targets on devices
 
   std::mutex mutex_;
   std::list<InFlight> in_flight_;
 };
+
+// `given`, or other staging memory where that has not as many slots of this size.
+std::shared_ptr<Staging> suitable(const std::shared_ptr<Staging>& given, std::size_t slot_size,
+                                  std::size_t slots) {
+  if (given != nullptr && given->slots().slot_size() >= slot_size &&
+      given->slots().max_slots() >= slots)
+    return given;
+  return std::make_shared<Staging>(slot_size, slots);
+}
 
 std::deque<OpenPack> open_packs(const std::vector<PackFile>& packs) {
   std::deque<OpenPack> opened;
@@ -386,8 +378,8 @@ bool for_each_chunk(
 
 bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks,
              const std::vector<Target>& targets, unsigned threads, std::shared_ptr<const Zstd> zstd,
-             const Streams& streams, const Interrupted& interrupted,
-             std::chrono::milliseconds device_timeout) {
+             const Streams& streams, std::shared_ptr<Staging> staging,
+             const Interrupted& interrupted, std::chrono::milliseconds device_timeout) {
   const std::uint64_t stream = check_table(packs, chunks);
   std::vector<std::uint64_t> starts;
   std::uint64_t start = 0;
@@ -395,6 +387,12 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
     starts.push_back(start);
     start += chunk.raw;
   }
+  const std::size_t largest = largest_chunk(chunks);
+  const bool to_devices = std::any_of(targets.begin(), targets.end(), [](const Target& target) {
+    return target.device != kHost && target.length > 0;
+  });
+  const std::size_t most_slots = 2 * std::size_t{std::max(1U, threads)};
+  if (to_devices) staging = suitable(staging, round_up(largest, kPageSize), most_slots);
   Devices devices;
   std::vector<std::vector<Piece>> pieces(chunks.size());
   for (const Target& target : targets) {
@@ -402,8 +400,12 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
       throw Error(ErrorKind::kInvalid, "a target reaches past the end of the stream");
     }
     if (target.length == 0) continue;
-    std::shared_ptr<Device>& device = devices[target.device];
-    if (device == nullptr) device = open_device(target.device);
+    Device* device = nullptr;
+    if (target.device != kHost) {
+      std::shared_ptr<Device>& opened = devices[target.device];
+      if (opened == nullptr) opened = staging->device(target.device);
+      device = opened.get();
+    }
     std::size_t i =
         static_cast<std::size_t>(std::upper_bound(starts.begin(), starts.end(), target.offset) -
                                  starts.begin()) -
@@ -412,7 +414,7 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
       const std::uint64_t skip = target.offset + done - starts[i];
       const std::uint64_t length =
           std::min<std::uint64_t>(chunks[i].raw - skip, target.length - done);
-      pieces[i].push_back({skip, length, target.address + done, device.get(), target.device});
+      pieces[i].push_back({skip, length, target.address + done, device});
       done += length;
     }
   }
@@ -421,21 +423,36 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
     if (!pieces[i].empty()) needed.push_back(i);
   }
   std::deque<OpenPack> opened = open_packs(packs);
-  const std::size_t largest = largest_chunk(chunks);
   order_streams(devices, streams, &Device::follow);
-  Uploads uploads(devices, largest, threads, device_timeout);
+  std::optional<Uploads> uploads;
+  if (to_devices) {
+    staging->slots().reserve(std::min(needed.size(), most_slots));
+    uploads.emplace(staging->slots(), device_timeout);
+  }
+  const auto handle = [&](ChunkReader& reader, std::size_t i, const Interrupted& stopped) {
+    const std::size_t chunk = needed[i];
+    const auto copy_to_host = [&](const std::uint8_t* raw, PendingCopies& copies) {
+      for (const Piece& piece : pieces[chunk]) {
+        if (piece.device == nullptr)
+          copies.add(reinterpret_cast<void*>(static_cast<std::uintptr_t>(piece.address)),
+                     raw + piece.offset, piece.length);
+      }
+    };
+    if (std::all_of(pieces[chunk].begin(), pieces[chunk].end(),
+                    [](const Piece& piece) { return piece.device == nullptr; })) {
+      reader.read(chunk, nullptr, copy_to_host);
+      return true;
+    }
+    std::optional<Slot> slot = uploads->wait_for_slot(stopped);
+    if (!slot) return false;
+    reader.read(chunk, slot->data(), copy_to_host);
+    uploads->start(std::move(*slot), pieces[chunk]);
+    return true;
+  };
   return for_each_chunk(
              needed.size(), threads, [&] { return ChunkReader(opened, chunks, largest, zstd); },
-             [&](ChunkReader& reader, std::size_t i, const Interrupted& stopped) {
-               bool started = true;
-               reader.read(needed[i], [&](const std::uint8_t* raw, PendingCopies& copies) {
-                 started =
-                     uploads.start(raw, chunks[needed[i]].raw, pieces[needed[i]], copies, stopped);
-               });
-               return started;
-             },
-             interrupted) &&
-         uploads.finish(interrupted);
+             handle, interrupted) &&
+         (!uploads || uploads->finish(interrupted));
 }
 
 std::vector<Damage> verify(const std::vector<PackFile>& packs,
@@ -450,7 +467,7 @@ std::vector<Damage> verify(const std::vector<PackFile>& packs,
       chunks.size(), threads, [&] { return ChunkReader(opened, chunks, largest, zstd); },
       [&](ChunkReader& reader, std::size_t i, const Interrupted&) {
         try {
-          reader.read(i, [](const std::uint8_t*, PendingCopies&) {});
+          reader.read(i, nullptr, [](const std::uint8_t*, PendingCopies&) {});
           reader.finish();
         } catch (const Error& error) {
           if (error.kind() == ErrorKind::kInvalid) throw;

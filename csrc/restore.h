@@ -11,6 +11,7 @@
 #include "device.h"
 #include "engine.h"
 #include "pack.h"
+#include "staging.h"
 #include "zstd.h"
 
 namespace pysnap {
@@ -40,7 +41,8 @@ struct Damage {
 // copies its bytes into the targets, while the next chunk is checked. Raw chunks that are in the
 // page cache are checked and copied in place. `chunks` are in the order of the stream. Uses
 // `threads` threads, the caller among them, at its priority, and the memory of 3 chunks and a
-// decoder each at most; of 2 more, pinned, where there are targets on devices. Throws the first
+// decoder each at most. Chunks for devices go through two slots of `staging` a thread; where that
+// is null or has not as many, or too small ones, through memory of its own. Throws the first
 // failure: Error(kCorrupt) with the chunk (none for a pack of another length), Error(kIo),
 // Error(kDevice), or Error(kInvalid) for a chunk table or targets that cannot be; targets may then
 // be partly written. False if `interrupted` ended it.
@@ -50,7 +52,8 @@ struct Damage {
 // on, unless a device takes longer than `device_timeout` to end it.
 bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>& chunks,
              const std::vector<Target>& targets, unsigned threads, std::shared_ptr<const Zstd> zstd,
-             const Streams& streams, const Interrupted& interrupted,
+             const Streams& streams, std::shared_ptr<Staging> staging,
+             const Interrupted& interrupted,
              std::chrono::milliseconds device_timeout = kDeviceTimeout);
 
 // Reads and checks every chunk, and goes on after damage; of a pack that is missing or has another

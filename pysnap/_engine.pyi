@@ -113,9 +113,11 @@ def restore(
     threads: int,
     zstd: Sequence[str],
     streams: Sequence[tuple[int, int]] = ...,
+    engine: Engine | None = ...,
 ) -> None:
     """Copy checked chunks into `targets`. Those on CUDA devices are written after what `streams`
-    have queued, and are whole on return; every device must be named."""
+    have queued, and are whole on return; every device must be named. They go through the staging
+    memory of `engine`, which has no job in flight, where that is large enough."""
 
 def verify(
     *,

@@ -87,6 +87,11 @@ class Stager:
         self._steady: _Steady | None = None
         self._told: str | None = None  # why copies from devices are slow
 
+    @property
+    def engine(self) -> _engine.Engine:
+        """What copies; a restore may use its staging memory between two snapshots."""
+        return self._engine
+
     def measure(self, state: object, *, gate: Gate, growth: Growth) -> Size:
         """Plan the capture of `state`: what a snapshot of it will need when `growth` has come.
         Raises StateError for what cannot be stored."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pysnap import tree
+from pysnap import _engine, tree
 from pysnap.dtypes import TORCH_ELEMENTS
 from pysnap.errors import ConfigError, CorruptError, MismatchError, NotFoundError
 from pysnap.layout import Leaf, dtype_name
@@ -93,15 +93,21 @@ class Terms:
         )
 
 
-def load_parts(snapshot: Snapshot, parts: dict[str, Stateful], terms: Terms) -> dict[str, Any]:
+def load_parts(
+    snapshot: Snapshot,
+    parts: dict[str, Stateful],
+    terms: Terms,
+    engine: _engine.Engine | None = None,
+) -> dict[str, Any]:
     """Put every part back that `terms` asks for; returns the rest of the state (`progress`, `rng`)
     that they ask for.
 
     Everything is compared before anything is touched: a difference raises MismatchError, or is
     told in a warning where terms are not strict. Bytes go straight into the live tensors where
-    shape and type agree, and into new tensors otherwise (the state of a fresh optimizer).
+    shape and type agree, and into new tensors otherwise (the state of a fresh optimizer), through
+    the staging memory of `engine` (see `Restore.read`).
     """
-    return _Match(snapshot, parts, terms).load()
+    return _Match(snapshot, parts, terms).load(engine)
 
 
 class _Match:
@@ -118,7 +124,7 @@ class _Match:
         self._fitting = {name: self._find_fitting(name) for name in self._parts}
         self._registered = parts
 
-    def load(self) -> dict[str, Any]:
+    def load(self, engine: _engine.Engine | None) -> dict[str, Any]:
         self._check_names()
         if not self._terms.strict:
             self._leave_out_states_of_misfits()
@@ -156,7 +162,7 @@ class _Match:
             check = getattr(self._parts[name], "check_state_dict", None)
             if check is not None:
                 check(state[name])
-        restore.read()
+        restore.read(engine)
         for name in loaded:
             try:
                 self._parts[name].load_state_dict(state.pop(name))

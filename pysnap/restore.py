@@ -97,13 +97,14 @@ class Restore:
             kind = [index for index in new if _is_torch(records[index]) == is_torch]
             self._allocate(kind)
 
-    def read(self) -> None:
-        """Read every record into its leaf; only the chunks that hold them are read.
+    def read(self, engine: _engine.Engine | None = None) -> None:
+        """Read every record into its leaf; only the chunks that hold them are read. On their way to
+        devices they use the staging memory of `engine`, which has no job in flight.
 
         Every chunk is checked before its bytes reach a leaf; a damaged one raises CorruptError that
         names the file and the tensors, and leaves other chunks' bytes in place.
         """
-        _read(self._snapshot, self._targets)
+        _read(self._snapshot, self._targets, engine)
         for leaf, staging in self._indirect:
             if isinstance(leaf, torch.Tensor):
                 leaf.detach().copy_(torch.as_tensor(staging))
@@ -144,7 +145,7 @@ class Restore:
         self._targets.append((record.at, _address(leaf), record.extent, device))
 
 
-def _read(snapshot: Snapshot, targets: list[_Target]) -> None:
+def _read(snapshot: Snapshot, targets: list[_Target], engine: _engine.Engine | None = None) -> None:
     # A tensor without elements may stand anywhere, even behind the stream.
     wanted = sorted({target for target in targets if target[2]})
     try:
@@ -155,6 +156,7 @@ def _read(snapshot: Snapshot, targets: list[_Target]) -> None:
             threads=min(_MOST_THREADS, _engine.available_processors()),
             zstd=zstd_libraries(),
             streams=current_streams(device for _, _, _, device in wanted),
+            engine=engine,
         )
     except CorruptError as error:
         chunk = getattr(error, "chunk", None)

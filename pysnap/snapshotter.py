@@ -611,7 +611,7 @@ class Snapshotter:
             self._committer.newest.raise_failure()
 
     def _restore(self, snapshot: Snapshot, terms: Terms) -> None:
-        rest = load_parts(snapshot, self._parts, terms)
+        rest = load_parts(snapshot, self._parts, terms, self._stager.engine)
         if "progress" in rest:
             self._go_on_at(rest["progress"], snapshot)
         for name, part in self._parts.items():

@@ -103,6 +103,7 @@ def main(folder: Path, eager: int) -> None:
         threads=2,
         zstd=zstd_libraries(),
         streams=list(streams.items()),
+        engine=engine,
     )
     assert [memory(fake, address) for address in addresses] == tensors
     engine.close()

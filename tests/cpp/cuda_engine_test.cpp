@@ -64,7 +64,7 @@ Bytes read_back(const std::string& path, const WrittenPack& pack) {
   for (const pysnap::StoredChunk& chunk : pack.chunks) size += chunk.raw;
   Bytes bytes(size);
   const pysnap::Target all{0, reinterpret_cast<std::uintptr_t>(bytes.data()), size, kHost};
-  CHECK(pysnap::restore({{path, pack.size}}, pack.chunks, {all}, 2, nullptr, {}, nullptr));
+  CHECK(pysnap::restore({{path, pack.size}}, pack.chunks, {all}, 2, nullptr, {}, nullptr, nullptr));
   return bytes;
 }
 

@@ -73,5 +73,6 @@ TEST(restore_does_not_wait_for_ever) {
       {{directory / "0.pack", size}},
       {{0, kChunk, kChunk, pysnap::Element::kU8, pysnap::Encoding::kRaw, offset,
         pysnap::xxh3_128(buffer.get(), kChunk)}},
-      state.targets(), 1, nullptr, state.streams(), [&] { return ++polls == 3; }, kTimeout));
+      state.targets(), 1, nullptr, state.streams(), nullptr, [&] { return ++polls == 3; },
+      kTimeout));
 }

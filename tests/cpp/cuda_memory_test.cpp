@@ -116,7 +116,7 @@ DeviceState two_devices() {
 Bytes read_back(const std::string& path, const WrittenPack& pack, std::size_t size) {
   Bytes bytes(size);
   const pysnap::Target all{0, reinterpret_cast<std::uintptr_t>(bytes.data()), size, kHost};
-  CHECK(pysnap::restore({{path, pack.size}}, pack.chunks, {all}, 2, nullptr, {}, nullptr));
+  CHECK(pysnap::restore({{path, pack.size}}, pack.chunks, {all}, 2, nullptr, {}, nullptr, nullptr));
   return bytes;
 }
 
@@ -266,7 +266,7 @@ TEST(a_restore_is_whole_or_fails_whatever_allocation_fails) {
         const ShortMemory memory(nth, stays);
         try {
           restored = pysnap::restore({{path, pack->size}}, pack->chunks, state.targets(), threads,
-                                     nullptr, state.streams(), nullptr);
+                                     nullptr, state.streams(), nullptr, nullptr);
         } catch (const std::exception&) {
         }
         failed = memory.has_failed();

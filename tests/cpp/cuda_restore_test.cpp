@@ -8,6 +8,7 @@
 #include <future>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -36,8 +37,9 @@ const std::vector<std::vector<DeviceIndex>> kPlaces{{0}, {1, 0}, {0, kHost, 1}};
 // A pack of raw chunks that holds the stream of a state, whose tensors are then zeroed.
 class Snapshot {
  public:
-  explicit Snapshot(const std::vector<DeviceIndex>& devices, bool default_streams = false)
-      : state(mixed_sizes(), devices, default_streams) {
+  explicit Snapshot(const std::vector<DeviceIndex>& devices, bool default_streams = false,
+                    const std::vector<std::size_t>& sizes = mixed_sizes())
+      : state(sizes, devices, default_streams) {
     pysnap::PackWriter writer(directory_ / "0.pack", 0, false);
     for (std::size_t at = 0; at < state.stream().size(); at += kChunk) {
       const std::size_t size = std::min(kChunk, state.stream().size() - at);
@@ -54,9 +56,10 @@ class Snapshot {
 
   std::string path() const { return directory_ / "0.pack"; }
 
-  bool restore(unsigned threads = 3, const pysnap::Interrupted& interrupted = nullptr) const {
+  bool restore(unsigned threads = 3, const pysnap::Interrupted& interrupted = nullptr,
+               const std::shared_ptr<pysnap::Staging>& staging = nullptr) const {
     return pysnap::restore({{path(), size_}}, chunks, state.targets(), threads, nullptr,
-                           state.streams(), interrupted);
+                           state.streams(), staging, interrupted);
   }
 
   DeviceState state;
@@ -112,12 +115,78 @@ TEST(memory_that_cannot_be_pinned_serves_all_the_same) {
   CHECK(snapshot.state.now() == snapshot.state.stream());
 }
 
+// Of an engine: its memory is registered, and its devices are open.
+TEST(staging_memory_that_is_there_is_used) {
+  const HealthyDriver driver;
+  const Snapshot snapshot({0, 1});
+  const auto staging = std::make_shared<pysnap::Staging>(kChunk, 6);
+  staging->slots().reserve(6);
+  staging->device(0);
+  staging->device(1);
+  staging->slots().wait_reserved();
+  const unsigned registered = fake().calls("cuMemHostRegister_v2");
+  const unsigned retained = fake().calls("cuDevicePrimaryCtxRetain");
+  CHECK(registered > 0);
+  CHECK(snapshot.restore(3, nullptr, staging));
+  CHECK(snapshot.state.now() == snapshot.state.stream());
+  CHECK_EQ(fake().calls("cuMemHostRegister_v2"), registered);
+  CHECK_EQ(fake().calls("cuDevicePrimaryCtxRetain"), retained);
+}
+
+// One thread stops behind its first chunk, until another has put all the rest through its slot.
+TEST(a_slot_is_on_the_host_before_others_have_it) {
+  const HealthyDriver driver;
+  // Each chunk has tensors in all places.
+  Snapshot snapshot({0, kHost, 1}, false, std::vector<std::size_t>(4000, 40));
+  CHECK(snapshot.restore(1));
+  const unsigned records = fake().calls("cuEventRecord");
+  snapshot.state.fill(0);
+  fake().finish();
+  const unsigned before = fake().calls("cuEventRecord");
+  int polls = 0;
+  CHECK(snapshot.restore(2, [&] {
+    // Its second chunk, which the others lack, has two events at most.
+    if (++polls == 2) {
+      while (fake().calls("cuEventRecord") + 2 < before + records) std::this_thread::yield();
+    }
+    return false;
+  }));
+  CHECK(snapshot.state.now() == snapshot.state.stream());
+}
+
+TEST(staging_memory_that_is_too_small_is_not_used) {
+  const HealthyDriver driver;
+  const Snapshot snapshot({0, 1});
+  for (const std::size_t slot : {kChunk / 2, kChunk}) {
+    const auto staging = std::make_shared<pysnap::Staging>(slot, 5);
+    CHECK(snapshot.restore(3, nullptr, staging));
+    CHECK(snapshot.state.now() == snapshot.state.stream());
+    CHECK(!staging->slots().try_acquire());
+  }
+}
+
+TEST(a_damaged_chunk_does_not_reach_a_device) {
+  const HealthyDriver driver;
+  Snapshot snapshot({0, 1});
+  Bytes file = fixture::read_file(snapshot.path());
+  const std::size_t damaged = 5;
+  file[snapshot.chunks[damaged].offset] ^= 1;
+  fixture::write_file(snapshot.path(), file);
+  CHECK_EQ(thrown_by([&] { snapshot.restore(1); }), "corrupt");
+  fake().finish();
+  const Bytes now = snapshot.state.now();
+  const auto start = static_cast<std::ptrdiff_t>(damaged * kChunk);
+  CHECK(Bytes(now.begin(), now.begin() + start) ==
+        Bytes(snapshot.state.stream().begin(), snapshot.state.stream().begin() + start));
+  CHECK(Bytes(now.begin() + start, now.begin() + start + kChunk) == Bytes(kChunk));
+}
+
 TEST(a_device_without_a_stream_is_refused) {
   const HealthyDriver driver;
   const Snapshot snapshot({0, 1});
   CHECK_EQ(thrown_by([&] {
              pysnap::restore({{snapshot.path(), 0}}, snapshot.chunks, snapshot.state.targets(), 1,
-                             nullptr, {{1, 0}}, nullptr);
+                             nullptr, {{1, 0}}, nullptr, nullptr);
            }),
            "invalid");
 }
@@ -201,6 +270,20 @@ TEST(a_wait_for_a_device_can_be_interrupted) {
   // It is interrupted soon, but the buffers are in use until the copies have ended.
   CHECK(restored.wait_for(std::chrono::seconds(1)) == std::future_status::timeout);
   CHECK_EQ(polls.load(), 3);
+  fake().release();
+  CHECK(!restored.get());
+}
+
+TEST(an_interrupted_wait_for_the_only_copy_leaves_it_its_slot) {
+  const HealthyDriver driver;
+  const Snapshot snapshot({0}, false, {kChunk});
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold(-1);
+  std::atomic<int> polls{0};
+  std::future<bool> restored = std::async(
+      std::launch::async, [&] { return snapshot.restore(1, [&] { return ++polls == 2; }); });
+  CHECK(restored.wait_for(std::chrono::milliseconds(500)) == std::future_status::timeout);
+  CHECK_EQ(polls.load(), 2);
   fake().release();
   CHECK(!restored.get());
 }

@@ -47,7 +47,9 @@ class Drop:
 
 
 DEVICE, FLIGHT, SEAM = (f"csrc/{name}.cpp" for name in ("cuda_device", "in_flight", "device"))
-POOL, ENGINE, RESTORE = (f"csrc/{name}.cpp" for name in ("slot_pool", "engine", "restore"))
+POOL, STAGING, ENGINE, RESTORE = (
+    f"csrc/{name}.cpp" for name in ("slot_pool", "staging", "engine", "restore")
+)
 OVERLAP = "tests/test_overlap.py::test_"
 CAPTURE, GATE, COMMIT, SNAPSHOTTER, LAYOUT = (
     f"pysnap/{name}.py" for name in ("capture", "gate", "commit", "snapshotter", "layout")
@@ -634,8 +636,8 @@ DROPS = [
     ),
     Drop(
         "staging memory is registered",
-        ENGINE,
-        "    if (index != kHost) pool_->pin(device);\n",
+        STAGING,
+        "    if (index != kHost) slots_->pin(device);\n",
         "",
         "cuda_engine_test reserve_opens_the_devices_and_pins_the_memory",
     ),
@@ -690,11 +692,11 @@ DROPS = [
         "cuda_restore_test what_was_queued_before_restore_comes_before_it",
     ),
     Drop(
-        "its memory is registered",
+        "the bytes of a slot are on the host before it is used again",
         RESTORE,
-        "        pool_->pin(device);\n",
+        "    if (slot != nullptr) finish();\n",
         "",
-        "cuda_restore_test devices_are_whole_when_restore_returns",
+        "cuda_restore_test a_slot_is_on_the_host_before_others_have_it",
     ),
     Drop(
         "a slot gets a fence of the device",
@@ -738,13 +740,14 @@ DROPS = [
         RESTORE,
         "      if (!stopped || !stopped()) continue;\n      keep(flight);\n",
         "      if (!stopped || !stopped()) continue;\n",
-        "cuda_restore_test a_wait_for_a_device_can_be_interrupted",
+        "cuda_restore_test an_interrupted_wait_for_the_only_copy_leaves_it_its_slot",
     ),
     Drop(
         "restore returns when every copy has ended well",
         RESTORE,
-        "             interrupted) &&\n         uploads.finish(interrupted);\n",
-        "             interrupted);\n",
+        "             handle, interrupted) &&\n"
+        "         (!uploads || uploads->finish(interrupted));\n",
+        "             handle, interrupted);\n",
         "cuda_restore_test a_device_that_is_lost_during_the_last_copy_is_an_error",
     ),
     Drop(

@@ -145,7 +145,8 @@ std::future<WrittenPack> write_pack_beside(Job& job, const std::string& path) {
 Bytes read_back(const std::string& path, const WrittenPack& pack, std::size_t size) {
   Bytes bytes(size);
   const pysnap::Target all{0, reinterpret_cast<std::uintptr_t>(bytes.data()), size, kHost};
-  CHECK(pysnap::restore({{path, pack.size}}, pack.chunks, {all}, 2, fixture::zstd(), {}, nullptr));
+  CHECK(pysnap::restore({{path, pack.size}}, pack.chunks, {all}, 2, fixture::zstd(), {}, nullptr,
+                        nullptr));
   return bytes;
 }
 

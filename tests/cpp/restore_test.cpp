@@ -80,7 +80,7 @@ class Snapshot {
   }
 
   bool restore(const std::vector<Target>& targets, unsigned threads = 2) const {
-    return pysnap::restore(packs, chunks, targets, threads, fixture::zstd(), {}, nullptr);
+    return pysnap::restore(packs, chunks, targets, threads, fixture::zstd(), {}, nullptr, nullptr);
   }
 
   // The whole stream, read anew.
@@ -190,7 +190,7 @@ TEST(no_targets_need_nothing) {
   const Snapshot snapshot;
   CHECK(snapshot.restore({}));
   CHECK(snapshot.restore({{snapshot.stream.size(), 0, 0, kHost}, {5, 0, 0, kHost}}));
-  CHECK(pysnap::restore({}, {}, {}, 2, nullptr, {}, nullptr));
+  CHECK(pysnap::restore({}, {}, {}, 2, nullptr, {}, nullptr, nullptr));
   CHECK(pysnap::verify({}, {}, 2, nullptr, nullptr).empty());
 }
 
@@ -205,8 +205,9 @@ TEST(targets_that_cannot_be_are_refused) {
         Target{1, address, kLargest, kHost}, Target{0, address, 1, 0}, Target{0, address, 1, -2}}) {
     CHECK_EQ(thrown_by([&] { snapshot.restore({target}); }), "invalid");
   }
-  CHECK_EQ(thrown_by(
-               [&] { pysnap::restore({}, {}, {{0, address, 1, kHost}}, 1, nullptr, {}, nullptr); }),
+  CHECK_EQ(thrown_by([&] {
+             pysnap::restore({}, {}, {{0, address, 1, kHost}}, 1, nullptr, {}, nullptr, nullptr);
+           }),
            "invalid");
   CHECK(bytes == Bytes(bytes.size()));
 }
@@ -368,14 +369,14 @@ TEST(without_zstd_chunks_that_need_it_are_an_error_and_no_damage) {
   Bytes bytes(snapshot.stream.size());
   CHECK_EQ(thrown_by([&] {
              pysnap::restore(snapshot.packs, snapshot.chunks, {Snapshot::target(0, bytes)}, 2,
-                             nullptr, {}, nullptr);
+                             nullptr, {}, nullptr, nullptr);
            }),
            "invalid");
   CHECK_EQ(thrown_by([&] { pysnap::verify(snapshot.packs, snapshot.chunks, 2, nullptr, nullptr); }),
            "invalid");
   bytes.resize(100);
   CHECK(pysnap::restore(snapshot.packs, snapshot.chunks, {Snapshot::target(0, bytes)}, 2, nullptr,
-                        {}, nullptr));
+                        {}, nullptr, nullptr));
 }
 
 TEST(an_interruption_ends_restore_and_verify) {
@@ -384,7 +385,7 @@ TEST(an_interruption_ends_restore_and_verify) {
   int polls = 0;
   const auto at_the_third_poll = [&] { return ++polls == 3; };
   CHECK(!pysnap::restore(snapshot.packs, snapshot.chunks, {Snapshot::target(0, bytes)}, 1,
-                         fixture::zstd(), {}, at_the_third_poll));
+                         fixture::zstd(), {}, nullptr, at_the_third_poll));
   // The second is checked, and would be copied beside the third.
   CHECK(part(bytes, snapshot.starts[1], 100) == Bytes(100));
   CHECK(part(bytes, 0, snapshot.starts[1]) == part(snapshot.stream, 0, snapshot.starts[1]));
