@@ -35,8 +35,8 @@ class Cuda:
     """A CUDA device, timed by its own events."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
-        torch.cuda.set_device(name)
+        self.name = f"cuda:{torch.device(name).index or 0}"
+        torch.cuda.set_device(self.name)
 
     def facts(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(self.name)

@@ -58,14 +58,18 @@ _BLOCK = 64 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured, and how often."""
+    """What is measured, and how often; where each snapshot is written, fewer times once
+    `most_seconds` are over."""
 
     state_bytes: int
     overlap_bytes: int
+    peer_bytes: int
     parameters: int
     tiny: int
     repeats: int
     warm_up: int
+    most_seconds: float
+    saves: int
     peer_repeats: int
     restores: int
     matrix: int
@@ -76,12 +80,15 @@ def full(state_gb: float) -> Plan:
     return Plan(
         state_bytes=round(state_gb * GB),
         overlap_bytes=round(min(state_gb, 4.0) * GB),
+        peer_bytes=round(min(state_gb, 1.0) * GB),
         parameters=1000,
         tiny=2000,
         repeats=20,
         warm_up=3,
-        peer_repeats=1,
-        restores=2,
+        most_seconds=60.0,
+        saves=5,
+        peer_repeats=3,
+        restores=5,
         matrix=8192,
     )
 
@@ -91,10 +98,13 @@ def quick(state_gb: float) -> Plan:
     return Plan(
         state_bytes=round(state_gb * GB),
         overlap_bytes=round(state_gb * GB),
+        peer_bytes=round(state_gb * GB),
         parameters=50,
         tiny=100,
         repeats=2,
         warm_up=1,
+        most_seconds=60.0,
+        saves=1,
         peer_repeats=1,
         restores=1,
         matrix=256,
@@ -140,36 +150,70 @@ def snapshotter(
         yield opened
 
 
+def stage(stager: Stager, state: object, accelerator: Accelerator) -> tuple[float, float]:
+    """A capture without overlap that is not written: seconds of the call, and until all is staged.
+    It is planned before."""
+    capture = stager.begin(state)
+    accelerator.synchronize()
+    start = time.perf_counter()
+    capture.copy()
+    called = time.perf_counter() - start
+    capture.wait_staged(None)
+    staged = time.perf_counter() - start
+    capture.abort()
+    return called, staged
+
+
 def stall(plan: Plan, accelerator: Accelerator, folder: Path) -> dict[str, Any]:
-    """How long tensors are in use by a snapshot without overlap, until all are staged."""
+    """How long tensors are in use by a snapshot without overlap, until all are staged: the capture
+    alone, many times; and how long whole saves, which take seconds to be written, hold the device's
+    stream, a few times."""
     tensors = tensors_of(plan.state_bytes, accelerator)
     size = sum(tensor.nbytes for tensor in tensors)
-    staged, blocked, durable = [], [], []
-    # Each is written, too, which takes seconds: the last repetitions may be left out.
+    with open_stager(host_memory=size + 256 * 2**20) as stager:
+        captures = [
+            stage(stager, {"state": tensors}, accelerator)
+            for _ in range(plan.warm_up + plan.repeats)
+        ]
+    matrix = torch.ones(plan.matrix, plan.matrix, device=accelerator.name)
+    handles: list[pysnap.Handle] = []
+    called: list[float] = []
+    held: list[float] = []
+    durable: list[float] = []
+
+    def save() -> None:
+        start = time.perf_counter()
+        handles.append(opened.save(overlap=False))
+        called.append(time.perf_counter() - start)
+
     with snapshotter(folder, {"state": tensors}, size) as opened:
-        deadline = time.monotonic() + (90 if accelerator.name != "cpu" else 30)
-        for repetition in range(plan.warm_up + plan.repeats):
-            accelerator.synchronize()
+        deadline = time.monotonic() + plan.most_seconds
+        while len(held) <= plan.saves and (time.monotonic() < deadline or len(held) < 2):
             opened.progress.step += 1
-            start = time.perf_counter()
-            handle = opened.save(overlap=False)
-            called = time.perf_counter() - start
-            handle.wait_staged()
             accelerator.synchronize()
-            seconds = time.perf_counter() - start
-            handle.wait()
-            if repetition >= min(plan.warm_up, 1):
-                staged.append(seconds)
-                blocked.append(called)
-                durable.append(time.perf_counter() - start)
-            if time.monotonic() > deadline and len(staged) >= 3:
-                break
+            start = time.perf_counter()
+            # As in training, the device still has work to do when save() is called.
+            torch.mm(matrix, matrix)
+            held.append(accelerator.timed(save))
+            handles.pop().wait()
+            durable.append(time.perf_counter() - start)
     return {
         "bytes": size,
-        "staged_seconds": staged,
-        "call_seconds": blocked,
-        "durable_seconds": durable,
+        "staged_seconds": [staged for _, staged in captures[plan.warm_up :]],
+        "call_seconds": called[1:],
+        "held_seconds": held[1:],
+        "durable_seconds": durable[1:],
     }
+
+
+@contextmanager
+def open_stager(**options: Any) -> Iterator[Stager]:
+    """What copies for a Snapshotter."""
+    stager = Stager(Config.resolve(options))
+    try:
+        yield stager
+    finally:
+        stager.close()
 
 
 class Busy(nn.Module):
@@ -217,8 +261,14 @@ def overlap(plan: Plan, accelerator: Accelerator, folder: Path, d2h: float) -> d
     without: list[float] = []
     gates: list[float] = []
     with snapshotter(folder, {"model": model, "optimizer": optimizer}, size) as opened:
+        deadline = time.monotonic() + plan.most_seconds
         for repetition in range(plan.warm_up + plan.repeats):
-            for taking in (False, True):
+            if time.monotonic() > deadline and len(without) >= 3:
+                break
+            for taking in (False, True) if repetition % 2 else (True, False):
+                # While the snapshot before was written, the device may have slowed its clocks.
+                compute(rounds)
+                optimizer.step()
                 accelerator.synchronize()
                 start = time.perf_counter()
                 handle = None
@@ -280,19 +330,13 @@ def cpu_time(plan: Plan, accelerator: Accelerator, folder: Path) -> dict[str, An
 def tiny(plan: Plan, accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     """Tiny tensors: how long a capture's call takes, and until all are staged."""
     tensors = [torch.randn((), device=accelerator.name) for _ in range(plan.tiny)]
-    called, captured, saved = [], [], []
-    # The capture alone: below a Snapshotter, whose save() also looks at every object of the state.
-    stager = Stager(Config.resolve({}))
-    for _ in range(plan.warm_up + plan.repeats):
-        capture = stager.begin({"state": tensors})
-        accelerator.synchronize()
-        start = time.perf_counter()
-        capture.copy()
-        called.append(1e3 * (time.perf_counter() - start))
-        capture.wait_staged(None)
-        captured.append(1e3 * (time.perf_counter() - start))
-        capture.abort()
-    stager.close()
+    # The capture alone: a Snapshotter's save() also looks at every object of the state.
+    with open_stager() as stager:
+        captures = [
+            stage(stager, {"state": tensors}, accelerator)
+            for _ in range(plan.warm_up + plan.repeats)
+        ]
+    saved = []
     with snapshotter(folder, {"state": tensors}, 4 * plan.tiny) as opened:
         for _ in range(plan.warm_up + plan.repeats):
             accelerator.synchronize()
@@ -303,8 +347,8 @@ def tiny(plan: Plan, accelerator: Accelerator, folder: Path) -> dict[str, Any]:
             handle.wait()
     return {
         "tensors": plan.tiny,
-        "call_milliseconds": called[plan.warm_up :],
-        "capture_milliseconds": captured[plan.warm_up :],
+        "call_milliseconds": [1e3 * called for called, _ in captures[plan.warm_up :]],
+        "capture_milliseconds": [1e3 * staged for _, staged in captures[plan.warm_up :]],
         "save_milliseconds": saved[plan.warm_up :],
     }
 
@@ -336,37 +380,57 @@ def restore(plan: Plan, accelerator: Accelerator, folder: Path, h2d: float) -> d
 
 
 def side_by_side(plan: Plan, accelerator: Accelerator, folder: Path) -> dict[str, Any]:
-    """The stall of each way to save the same objects: the time in the call and, where it only
-    queued copies, until they have ended."""
-    state = State.build(max(1, plan.overlap_bytes // 12), accelerator.name)
+    """The stall of each way to save the same objects: until the state may change, that is the time
+    in the call and at its gate, and until the copies have ended that it queued."""
+    state = State.build(max(1, plan.peer_bytes // 12), accelerator.name)
     results: dict[str, Any] = {}
     for subject in (
         peers.PYSNAP,
+        peers.DCP_ASYNC_STAGER,
         peers.DCP_STAGER,
         peers.DCP,
         peers.TORCHSNAPSHOT,
         peers.TORCH_SAVE,
     ):
         gc.collect()
+        place = folder / subject
+        place.mkdir()
         try:
-            saver = peers.open_saver(subject, state.parts(), folder, None)
+            rows = stalls_of(subject, state, accelerator, place, plan.peer_repeats)
         except ImportError as error:
             results[subject] = {"skipped": str(error)}
-            continue
+        except Exception as error:
+            # Another's failure must not lose what was measured.
+            if subject == peers.PYSNAP:
+                raise
+            results[subject] = {"skipped": f"{type(error).__name__}: {error}"}
+        else:
+            results[subject] = {"first": rows[0], "warm": rows[1:]}
+    return {"bytes": state.nbytes, "subjects": results}
+
+
+def stalls_of(
+    subject: str, state: State, accelerator: Accelerator, folder: Path, repeats: int
+) -> list[dict[str, float]]:
+    """The stalls of the first save and of `repeats` more. Raises ImportError for a subject that is
+    not installed, and what it raises."""
+    saver = peers.open_saver(subject, state.parts(), folder, None)
+    try:
         saver.wait_ready()
         rows = []
-        for _ in range(1 + plan.peer_repeats):
+        for _ in range(1 + repeats):
             state.advance()
             accelerator.synchronize()
             start = time.perf_counter()
             pending = saver.save()
-            blocked = time.perf_counter() - start
+            called = time.perf_counter() - start
+            pending.gate()
             accelerator.synchronize()
-            rows.append({"call_seconds": blocked, "stall_seconds": time.perf_counter() - start})
+            rows.append({"call_seconds": called, "stall_seconds": time.perf_counter() - start})
             disk.remove(pending.wait())
+        return rows
+    finally:
         saver.close()
-        results[subject] = {"first": rows[0], "warm": rows[1:]}
-    return {"bytes": state.nbytes, "subjects": results}
 
 
 def bars(results: dict[str, Any]) -> list[Bar]:
@@ -375,11 +439,17 @@ def bars(results: dict[str, Any]) -> list[Bar]:
     ours = _stalls(results, peers.PYSNAP)
     all_peers = [name for name in results["peers"]["subjects"] if name != peers.PYSNAP]
     stalled = results["stall"]
+    fastest = stalled["bytes"] / rates["d2h"]
     return [
         Bar(
             "stall without overlap / bytes at the best pinned rate",
             STALL,
-            [s / (stalled["bytes"] / rates["d2h"]) for s in stalled["staged_seconds"]],
+            [seconds / fastest for seconds in stalled["staged_seconds"]],
+        ),
+        Bar(
+            "the device's stream held by a save() / the same",
+            STALL,
+            [seconds / fastest for seconds in stalled["held_seconds"]],
         ),
         Bar("step with an overlapped snapshot / without", STEP, results["overlap"]["ratios"]),
         Bar(
@@ -466,8 +536,8 @@ def run(
     measure("tiny", lambda place: tiny(plan, accelerator, place))
     measure("overlap", lambda place: overlap(plan, accelerator, place, rates["d2h"]))
     measure("restore", lambda place: restore(plan, accelerator, place, rates["h2d"]))
-    measure("peers", lambda place: side_by_side(plan, accelerator, place))
     measure("stall", lambda place: stall(plan, accelerator, place))
+    measure("peers", lambda place: side_by_side(plan, accelerator, place))
     return results
 
 

@@ -1,9 +1,9 @@
-"""The figures in README.md, from a results file: a table, the machine, the command, two plots.
+"""The figures in README.md, from results files: tables, the machines, the commands, two plots.
 
-    python bench/readme.py [RESULTS.json]
+    python bench/readme.py [RESULTS.json] [--gpu CUDA.json]
 
-replaces what stands between the two comments in README.md, and draws the plots again. Nothing is
-measured: `bench_snapshot.py` does that.
+replaces what stands between two comments in README.md, once for each file, and draws the plots
+again. Nothing is measured: `bench_snapshot.py` and `bench_cuda.py` do that.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import coding
@@ -33,7 +34,9 @@ from report import (
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 RESULTS = HERE / "results" / "snapshot.json"
+GPU_RESULTS = HERE / "results" / "cuda.json"
 BEGIN = "<!-- figures: written by `python bench/readme.py`, not by hand -->"
+BEGIN_GPU = "<!-- figures of a GPU: written by `python bench/readme.py`, not by hand -->"
 END = "<!-- end of the figures -->"
 _UNKNOWN = "-"
 
@@ -98,10 +101,7 @@ _CODING_COLUMNS: tuple[_Column, ...] = (
 def figures(results: Results, results_file: Path, readme: Path = README) -> str:
     """What stands between the comments, as Markdown; links are relative to `readme`."""
     state, machine = results["state"], results["machine"]
-
-    def link(path: Path) -> str:
-        return Path(os.path.relpath(path, readme.parent)).as_posix()
-
+    link = partial(_link, readme=readme)
     skipped = [peers.PEERS[name].name for name in results["skipped"]]
     table = link(results_file)
     saving, trained = map(link, plot.files(results_file))
@@ -133,6 +133,50 @@ def figures(results: Results, results_file: Path, readme: Path = README) -> str:
         f"![what a save costs training, as bars]({trained})",
     ]
     return "\n".join(lines)
+
+
+def gpu_figures(results: Results, results_file: Path, readme: Path = README) -> str:
+    """The same for a GPU: its bars, and the stalls of all beside each other."""
+    machine, rates, side_by_side = results["machine"], results["rates"], results["peers"]
+    table = _link(results_file, readme)
+    lines = [
+        f"`python bench/bench_cuda.py`, {machine['date']}: {machine['device']}, driver "
+        f"{machine['driver']}, torch {machine['torch']}, {machine['cores']} cores of "
+        f"{_article(machine['cpu'])}, {machine['memory_bytes'] / 1e9:.0f} GB of memory, "
+        f"{machine['file_system']}; {_gigabytes_a_second(rates['d2h'])} GB/s to the host, "
+        f"{_gigabytes_a_second(rates['h2d'])} GB/s to the device, disk "
+        f"{_gigabytes_a_second(results['disk'])} GB/s. All repetitions are in [{table}]({table}).",
+        "",
+        "| | median | range | bar, at most |",
+        "|---|---:|---:|---:|",
+    ]
+    for bar in results["bars"]:
+        spread = Spread.of(bar["values"])
+        verdict = "" if bar["passed"] else ", missed"
+        lines.append(
+            f"| {bar['what']} | {_times(spread.median)} | {_times(spread.low)} to "
+            f"{_times(spread.high)} | {bar['limit']:g}{verdict} |"
+        )
+    lines += [
+        "",
+        f"How long a save of {_gigabytes(side_by_side['bytes'])} (a model and AdamW) keeps "
+        "training from changing the state, staged completely:",
+        "",
+        "| | first save | later ones |",
+        "|---|---:|---:|",
+    ]
+    for subject, rows in side_by_side["subjects"].items():
+        if "warm" in rows:
+            later = [row["stall_seconds"] for row in rows["warm"]]
+            first = _seconds(rows["first"]["stall_seconds"])
+            lines.append(f"| {subject} | {first} | {_cell(later, _seconds)} |")
+    plot_of_bars = _link(results_file.with_suffix(".png"), readme)
+    lines += ["", f"![what was measured on a GPU, of what is allowed]({plot_of_bars})"]
+    return "\n".join(lines)
+
+
+def _link(path: Path, readme: Path) -> str:
+    return Path(os.path.relpath(path, readme.parent)).as_posix()
 
 
 def _article(name: str) -> str:
@@ -186,24 +230,28 @@ def _cell(values: list[float], number: Callable[[float], str]) -> str:
     return number(Spread.of(values).median) if values else _UNKNOWN
 
 
-def replaced(text: str, figures: str) -> str:
-    """`text` with `figures` between the comments. Raises ValueError where they are not there."""
-    before, begin, rest = text.partition(BEGIN)
+def replaced(text: str, figures: str, begin: str = BEGIN) -> str:
+    """`text` with `figures` between the comments `begin` and END. Raises ValueError where they are
+    not there."""
+    before, found, rest = text.partition(begin)
     _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"there must be a line {BEGIN}, and after it a line {END}")
-    return f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
+    if not found or not end:
+        raise ValueError(f"there must be a line {begin}, and after it a line {END}")
+    return f"{before}{begin}\n\n{figures}\n\n{END}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("--gpu", type=Path, default=GPU_RESULTS, help="results of bench_cuda.py")
     parser.add_argument("--readme", type=Path, default=README, help="the file that is changed")
     options = parser.parse_args(arguments)
     results = json.loads(options.results.read_text())
+    gpu = json.loads(options.gpu.read_text())
     text = options.readme.read_text()
     try:
         new = replaced(text, figures(results, options.results, options.readme))
+        new = replaced(new, gpu_figures(gpu, options.gpu, options.readme), BEGIN_GPU)
     except ValueError as error:
         raise SystemExit(f"{options.readme}: {error}") from None
     plot.draw(results, options.results)

@@ -57,6 +57,12 @@ def test_the_figures_in_readme_are_those_of_the_results_file(results: dict[str, 
     )
 
 
+def test_the_figures_of_a_gpu_in_readme_are_those_of_the_results_file() -> None:
+    text = readme.README.read_text()
+    part = readme.gpu_figures(json.loads(readme.GPU_RESULTS.read_text()), readme.GPU_RESULTS)
+    assert readme.replaced(text, part, readme.BEGIN_GPU) == text, "run `python bench/readme.py`"
+
+
 def test_what_readme_links_to_is_there(results: dict[str, Any]) -> None:
     part = readme.figures(results, readme.RESULTS)
     links = re.findall(r"\]\(([^)]*)\)", part)
@@ -110,10 +116,14 @@ def test_a_readme_without_the_comments_is_refused() -> None:
 def test_the_command_writes_readme_and_plots(results: dict[str, Any], tmp_path: Path) -> None:
     file, text = tmp_path / "run.json", tmp_path / "README.md"
     file.write_text(json.dumps(results))
-    text.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    text.write_text(
+        f"before\n{readme.BEGIN}\nold\n{readme.END}\nbetween\n{readme.BEGIN_GPU}\nold\n"
+        f"{readme.END}\nafter\n"
+    )
     readme.main([str(file), "--readme", str(text)])
     written = text.read_text()
     assert written.startswith(f"before\n{readme.BEGIN}\n\n`python bench/")
+    assert f"{readme.END}\nbetween\n{readme.BEGIN_GPU}\n\n`python bench/" in written
     assert written.endswith(f"{readme.END}\nafter\n")
     assert "old" not in written
     assert "](run-training.png)" in written

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .dcp import Dcp, DcpKeptStager, DcpProcess, DcpTorchtitan
+from .dcp import Dcp, DcpAsyncStager, DcpKeptStager, DcpProcess, DcpTorchtitan
 from .libraries import Lightning, Orbax, TorchCheckpointing, TorchSnapshot
 from .ours import Pysnap
 from .plain_files import Safetensors, TorchSave
@@ -36,6 +36,7 @@ TORCH_SAVE = "torch.save"
 SAFETENSORS = "safetensors"
 DCP = "DCP async_save"
 DCP_STAGER = "DCP, kept stager"
+DCP_ASYNC_STAGER = "DCP, async stager"
 DCP_PROCESS = "DCP, process"
 DCP_TORCHTITAN = "DCP, as torchtitan"
 TORCHSNAPSHOT = "torchsnapshot"
@@ -60,6 +61,9 @@ PEERS = {
     "safetensors": Subject(SAFETENSORS, "safetensors", Safetensors),
     "dcp": Subject(DCP, "torch.distributed.checkpoint", Dcp),
     "dcp-stager": Subject(DCP_STAGER, "torch.distributed.checkpoint.staging", DcpKeptStager),
+    "dcp-async-stager": Subject(
+        DCP_ASYNC_STAGER, "torch.distributed.checkpoint.staging", DcpAsyncStager
+    ),
     "dcp-process": Subject(DCP_PROCESS, "torch.distributed.checkpoint.staging", DcpProcess),
     "dcp-torchtitan": Subject(
         DCP_TORCHTITAN, "torch.distributed.checkpoint.staging", DcpTorchtitan

@@ -11,6 +11,9 @@ import torch
 
 from .saver import Parts, Peer, Pending, Written
 
+_STAGES_ONCE = torch.__version__.startswith("2.11.")
+"""Whether a `DefaultStager` serves one save: it drops a table that a second one needs."""
+
 
 class Dcp(Peer):
     """Written by a thread, staged by its default stager, which allocates anew for each save."""
@@ -30,17 +33,20 @@ class Dcp(Peer):
     def keep_stager(self, *, shared: bool, behind: bool) -> None:
         """Stage in memory that is kept, pinned where there is CUDA; with `shared` in memory that
         another process reads, with `behind` in a thread."""
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+        from torch.distributed.checkpoint import staging
 
         has_cuda = torch.cuda.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=has_cuda,
-                use_shared_memory=shared,
-                use_async_staging=behind,
-                use_non_blocking_copy=has_cuda,
+        if _STAGES_ONCE and not (shared or behind):
+            self._stager = staging.BlockingAsyncStager(cache_staged_state_dict=has_cuda)
+        else:
+            self._stager = staging.DefaultStager(
+                staging.StagingOptions(
+                    use_pinned_memory=has_cuda,
+                    use_shared_memory=shared,
+                    use_async_staging=behind,
+                    use_non_blocking_copy=has_cuda,
+                )
             )
-        )
         self.options["async_stager"] = self._stager
 
     def write(self, path: Path) -> Pending:
@@ -57,6 +63,24 @@ class Dcp(Peer):
     def close(self) -> None:
         if self._stager is not None:
             self._stager.close()
+
+
+class DcpAsyncStager(Dcp):
+    """Written by a thread; another one stages in memory that is kept, and the training waits for it
+    before the optimizer's step."""
+
+    overlaps = True
+
+    def __init__(self, parts: Parts, directory: Path) -> None:
+        """Raises ImportError where this torch has no such stager."""
+        super().__init__(parts, directory)
+        self.keep_stager(shared=False, behind=True)
+
+    def write(self, path: Path) -> Pending:
+        if _STAGES_ONCE:
+            self.close()
+            self.keep_stager(shared=False, behind=True)
+        return super().write(path)
 
 
 class DcpKeptStager(Dcp):
