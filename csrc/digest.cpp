@@ -1,5 +1,6 @@
 #include "digest.h"
 
+#include <algorithm>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -38,6 +39,8 @@ constexpr std::size_t kLanes = 8;
 constexpr std::size_t kStripeSize = kLanes * sizeof(u64);
 constexpr std::size_t kStripesPerBlock = (kSecretSize - kStripeSize) / sizeof(u64);
 constexpr std::size_t kBlockSize = kStripesPerBlock * kStripeSize;
+// Up to here there are other ways.
+constexpr std::size_t kShort = 240;
 constexpr std::size_t kScrambleOffset = kSecretSize - kStripeSize;
 
 alignas(64) constexpr u8 kSecret[kSecretSize] = {
@@ -339,34 +342,7 @@ u64 final_merge(const u64* acc, u64 result, std::size_t secret_offset) {
   return avalanche(result);
 }
 
-// `beside` may be null.
-Digest hash_long(const u8* input, std::size_t size, Rounds rounds, PendingCopies* beside) {
-  u64 acc[kLanes] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
-                     kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
-  // The last block, full or not, is not scrambled, and its last stripe is the last 64 bytes of all.
-  const std::size_t blocks = (size - 1) / kBlockSize;
-  if (beside == nullptr || beside->empty()) {
-    rounds(acc, input, blocks);
-  } else {
-    for (std::size_t i = 0; i < blocks; ++i) {
-      rounds(acc, input + i * kBlockSize, 1);
-      beside->take_turn();
-    }
-  }
-  const u8* const last_block = input + blocks * kBlockSize;
-  const std::size_t stripes = (size - 1) % kBlockSize / kStripeSize;
-  for (std::size_t n = 0; n < stripes; ++n) {
-    accumulate(acc, last_block + n * kStripeSize, kSecret + n * 8);
-  }
-  accumulate(acc, input + size - kStripeSize, kSecret + kSecretSize - 71);
-  return {final_merge(acc, size * kPrime64_1, 11),
-          final_merge(acc, ~(size * kPrime64_2), kSecretSize - 75)};
-}
-
-Digest hash(const void* data, std::size_t size, Rounds rounds,
-            PendingCopies* beside = nullptr) noexcept {
-  const u8* const input = static_cast<const u8*>(data);
-  if (size > 240) return hash_long(input, size, rounds, beside);
+Digest hash_short(const u8* input, std::size_t size) noexcept {
   if (size > 128) return hash_129_to_240(input, size);
   if (size > 16) return hash_17_to_128(input, size);
   if (size > 8) return hash_9_to_16(input, size);
@@ -378,15 +354,47 @@ Digest hash(const void* data, std::size_t size, Rounds rounds,
 }  // namespace
 
 Digest xxh3_128(const void* data, std::size_t size) noexcept {
-  return hash(data, size, best_rounds());
-}
-
-Digest xxh3_128(const void* data, std::size_t size, PendingCopies& beside) noexcept {
-  return hash(data, size, best_rounds(), &beside);
+  return GrowingDigest(data, size).finish();
 }
 
 Digest xxh3_128(const void* data, std::size_t size, SimdPath path) noexcept {
-  return hash(data, size, rounds_of(path));
+  return GrowingDigest(data, size, path).finish();
+}
+
+GrowingDigest::GrowingDigest(const void* data, std::size_t size) noexcept
+    : GrowingDigest(data, size, best_rounds()) {}
+
+GrowingDigest::GrowingDigest(const void* data, std::size_t size, SimdPath path) noexcept
+    : GrowingDigest(data, size, rounds_of(path)) {}
+
+GrowingDigest::GrowingDigest(const void* data, std::size_t size, Rounds rounds) noexcept
+    : data_(static_cast<const u8*>(data)),
+      size_(size),
+      rounds_(rounds),
+      lanes_{kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
+             kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1} {}
+
+void GrowingDigest::advance(std::size_t size) noexcept {
+  if (size_ <= kShort) return;
+  // The last block, full or not, is left to finish().
+  const std::size_t blocks = std::min(size, size_ - 1) / kBlockSize;
+  if (blocks <= blocks_) return;
+  rounds_(lanes_.data(), data_ + blocks_ * kBlockSize, blocks - blocks_);
+  blocks_ = blocks;
+}
+
+Digest GrowingDigest::finish() noexcept {
+  if (size_ <= kShort) return hash_short(data_, size_);
+  advance(size_);
+  // The last block is not scrambled, and its last stripe is the last 64 bytes of all.
+  const u8* const last_block = data_ + blocks_ * kBlockSize;
+  const std::size_t stripes = (size_ - 1) % kBlockSize / kStripeSize;
+  for (std::size_t n = 0; n < stripes; ++n) {
+    accumulate(lanes_.data(), last_block + n * kStripeSize, kSecret + n * 8);
+  }
+  accumulate(lanes_.data(), data_ + size_ - kStripeSize, kSecret + kSecretSize - 71);
+  return {final_merge(lanes_.data(), size_ * kPrime64_1, 11),
+          final_merge(lanes_.data(), ~(size_ * kPrime64_2), kSecretSize - 75)};
 }
 
 std::string to_hex(const Digest& digest) {

@@ -36,6 +36,12 @@ struct Piece {
   Device* device;  // null: host memory
 };
 
+// Of a file in the page cache, so much is read and then digested: it is still in the second cache
+// of the processor's core.
+constexpr std::size_t kPiece = std::size_t{512} << 10;
+// Of checking a chunk in turns with copying the one before.
+constexpr std::size_t kTurn = 1024;
+constexpr std::chrono::milliseconds kNoWait{0};
 // How much of a pack that is read in place may count as resident memory of this process.
 constexpr std::uint64_t kMostResident = 32u << 20;
 
@@ -65,11 +71,14 @@ class OpenPack {
     if (failure_) throw *failure_;
   }
 
-  // These bytes where they are, in the page cache; null where they are not.
-  const std::uint8_t* in_place(std::uint64_t offset, std::size_t length) const {
-    if (mapping_ == nullptr || offset + length > mapping_->size()) return nullptr;
-    return mapping_->is_cached(offset, length) ? mapping_->data() + offset : nullptr;
+  // Whether these bytes seem to be in the page cache, and may be looked at there.
+  bool is_cached(std::uint64_t offset, std::size_t length) const {
+    return mapping_ != nullptr && offset + length <= mapping_->size() &&
+           mapping_->is_cached(offset, length);
   }
+
+  // Where they are then.
+  const std::uint8_t* in_place(std::uint64_t offset) const { return mapping_->data() + offset; }
 
   // False where the file ends before. Throws Error(kIo).
   bool read(std::uint8_t* buffer, std::size_t length, std::uint64_t offset) const {
@@ -118,31 +127,29 @@ class ChunkReader {
     pack.check();
     std::swap(raw_, raw_before_);
     std::uint8_t* const own = slot != nullptr ? slot : raw_.get();
-    const bool encoded = chunk.encoding == Encoding::kPlanes;
-    // Not for a decoder: the bytes of a file may change under it.
-    const bool may_stay = slot == nullptr && !encoded;
-    const std::uint8_t* in_place = may_stay ? pack.in_place(chunk.offset, padded(chunk)) : nullptr;
-    std::uint8_t* const buffer = encoded ? stored_.get() : own;
+    const bool cached = pack.is_cached(chunk.offset, padded(chunk));
     // The disk may take so long that pages of the one before, which was checked, are read anew.
-    if (in_place == nullptr && in_place_) finish();
-    if (in_place == nullptr && !pack.read(buffer, padded(chunk), chunk.offset))
-      throw damage(index, "the file ends before it");
-    const std::uint8_t* raw = in_place != nullptr ? in_place : buffer;
-    if (std::any_of(raw + chunk.stored, raw + padded(chunk),
-                    [](std::uint8_t byte) { return byte != 0; })) {
-      throw damage(index, "the bytes behind it are not zero");
+    if (!cached && in_place_) finish();
+    const std::uint8_t* raw = own;
+    Digest digest;
+    if (chunk.encoding == Encoding::kPlanes) {
+      // Not from where it is: the bytes of a file may change under the decoder.
+      read_file(index, stored_.get(), padded(chunk), [](std::size_t) {});
+      decode(index, own);
+      digest = digest_of(raw, chunk.raw);
+    } else if (cached && slot == nullptr) {
+      raw = pack.in_place(chunk.offset);
+      check_padding(index, raw);
+      digest = digest_of(raw, chunk.raw);
+    } else {
+      GrowingDigest growing(own, chunk.raw);
+      read_file(index, own, cached ? kPiece : padded(chunk),
+                [&growing](std::size_t there) { growing.advance(there); });
+      digest = growing.finish();
     }
-    if (encoded) {
-      // It has tables and memory of its own, which raw chunks do without.
-      if (!decoder_) decoder_.emplace(zstd_);
-      if (!decoder_->decode(chunk.element, stored_.get(), chunk.stored, own, chunk.raw))
-        throw damage(index, "it cannot be decoded");
-      raw = own;
-    }
-    const Digest digest = xxh3_128(raw, chunk.raw, copies_);
     finish();
     if (digest != chunk.digest) throw damage(index, "its bytes do not match their digest");
-    if (in_place != nullptr) in_place_ = index;
+    if (raw != own) in_place_ = index;
     scope.next(trace::Phase::kPut, chunk.raw);
     use(raw, copies_);
     if (slot != nullptr) finish();
@@ -160,6 +167,47 @@ class ChunkReader {
 
  private:
   static std::size_t padded(const StoredChunk& chunk) { return round_up(chunk.stored, kPageSize); }
+
+  // Reads a chunk as it is stored, in pieces; after each, `there` is told how much has come.
+  template <typename There>
+  void read_file(std::size_t index, std::uint8_t* buffer, std::size_t piece, There there) {
+    const StoredChunk& chunk = chunks_[index];
+    const std::size_t end = padded(chunk);
+    for (std::size_t at = 0; at < end; at += piece) {
+      const std::size_t length = std::min(piece, end - at);
+      if (!packs_[chunk.pack].read(buffer + at, length, chunk.offset + at))
+        throw damage(index, "the file ends before it");
+      there(at + length);
+    }
+    check_padding(index, buffer);
+  }
+
+  void check_padding(std::size_t index, const std::uint8_t* stored) const {
+    const StoredChunk& chunk = chunks_[index];
+    if (std::any_of(stored + chunk.stored, stored + padded(chunk),
+                    [](std::uint8_t byte) { return byte != 0; })) {
+      throw damage(index, "the bytes behind it are not zero");
+    }
+  }
+
+  // What is in stored_.
+  void decode(std::size_t index, std::uint8_t* raw) {
+    const StoredChunk& chunk = chunks_[index];
+    // It has tables and memory of its own, which raw chunks do without.
+    if (!decoder_) decoder_.emplace(zstd_);
+    if (!decoder_->decode(chunk.element, stored_.get(), chunk.stored, raw, chunk.raw))
+      throw damage(index, "it cannot be decoded");
+  }
+
+  // In turns with the copies of the chunk before.
+  Digest digest_of(const std::uint8_t* raw, std::size_t size) {
+    GrowingDigest digest(raw, size);
+    for (std::size_t at = kTurn; at < size && !copies_.empty(); at += kTurn) {
+      digest.advance(at);
+      copies_.take_turn();
+    }
+    return digest.finish();
+  }
 
   Error damage(std::size_t index, const char* what) const {
     return Error::corrupt(packs_[chunks_[index].pack].path(), static_cast<std::int64_t>(index),
@@ -202,9 +250,9 @@ std::uint64_t check_table(const std::vector<PackFile>& packs,
 // Takes checked chunks to devices, out of pinned slots, while the next ones are read.
 class Uploads {
  public:
-  // `slots` must outlive it.
-  Uploads(SlotPool& slots, std::chrono::milliseconds device_timeout)
-      : slots_(slots), device_timeout_(device_timeout) {}
+  // Uses about `most` of the slots, which must outlive it.
+  Uploads(SlotPool& slots, std::size_t most, std::chrono::milliseconds device_timeout)
+      : slots_(slots), most_(most), device_timeout_(device_timeout) {}
   Uploads(const Uploads&) = delete;
   Uploads& operator=(const Uploads&) = delete;
   // What failed or was interrupted must not leave copies that read memory which is gone.
@@ -224,14 +272,23 @@ class Uploads {
   // Null if `stopped` ended the wait. Throws Error(kDevice) for a chunk before.
   std::optional<Slot> wait_for_slot(const Interrupted& stopped) {
     for (;;) {
-      if (std::optional<Slot> slot = slots_.try_acquire()) return slot;
-      if (std::list<InFlight> flight = oldest(); !flight.empty()) {
-        if (!wait(flight, stopped)) return std::nullopt;
-      } else {
-        // Other threads have all of them, or the pool still grows.
-        if (std::optional<Slot> slot = slots_.acquire(kPoll)) return slot;
-        if (stopped()) return std::nullopt;
+      // One that was used a moment ago is still in the caches.
+      std::list<InFlight> flight = oldest();
+      if (!flight.empty() && flight.front().wait(kNoWait)) return std::move(flight.front().slot);
+      std::optional<Slot> slot = taken_ < most_ ? slots_.try_acquire() : std::nullopt;
+      if (slot) {
+        ++taken_;
+        put_back(flight);
+        return slot;
       }
+      if (!flight.empty()) {
+        if (!wait(flight, stopped)) return std::nullopt;
+        return std::move(flight.front().slot);
+      }
+      // Other threads have all of them, or the pool still grows.
+      slot = slots_.acquire(kPoll);
+      if (slot) ++taken_;
+      if (slot || stopped()) return slot;
     }
   }
 
@@ -291,8 +348,16 @@ class Uploads {
     in_flight_.splice(in_flight_.end(), flight);
   }
 
+  // What oldest() gave.
+  void put_back(std::list<InFlight>& flight) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    in_flight_.splice(in_flight_.begin(), flight);
+  }
+
   SlotPool& slots_;
+  const std::size_t most_;
   const std::chrono::milliseconds device_timeout_;
+  std::atomic<std::size_t> taken_{0};
 
   std::mutex mutex_;
   std::list<InFlight> in_flight_;
@@ -427,7 +492,7 @@ bool restore(const std::vector<PackFile>& packs, const std::vector<StoredChunk>&
   std::optional<Uploads> uploads;
   if (to_devices) {
     staging->slots().reserve(std::min(needed.size(), most_slots));
-    uploads.emplace(staging->slots(), device_timeout);
+    uploads.emplace(staging->slots(), most_slots, device_timeout);
   }
   const auto handle = [&](ChunkReader& reader, std::size_t i, const Interrupted& stopped) {
     const std::size_t chunk = needed[i];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -951,7 +952,12 @@ class OwnState(DataLoader[int]):
     ("loader", "message"),
     [
         ([1, 2], "takes a torch DataLoader, not a list"),
-        (DataLoader(Ids(), num_workers=1, in_order=False), "in_order"),
+        *(
+            # From torch 2.6 on.
+            [(DataLoader(Ids(), num_workers=1, in_order=False), "in_order")]
+            if "in_order" in inspect.signature(DataLoader).parameters
+            else []
+        ),
         (OwnIterator(Ids()), "OwnIterator iterates in its own way"),
         (OwnState(Ids()), "OwnState has a state_dict of its own"),
     ],

@@ -38,11 +38,12 @@ const std::vector<std::vector<DeviceIndex>> kPlaces{{0}, {1, 0}, {0, kHost, 1}};
 class Snapshot {
  public:
   explicit Snapshot(const std::vector<DeviceIndex>& devices, bool default_streams = false,
-                    const std::vector<std::size_t>& sizes = mixed_sizes())
+                    const std::vector<std::size_t>& sizes = mixed_sizes(),
+                    std::size_t chunk_size = kChunk)
       : state(sizes, devices, default_streams) {
     pysnap::PackWriter writer(directory_ / "0.pack", 0, false);
-    for (std::size_t at = 0; at < state.stream().size(); at += kChunk) {
-      const std::size_t size = std::min(kChunk, state.stream().size() - at);
+    for (std::size_t at = 0; at < state.stream().size(); at += chunk_size) {
+      const std::size_t size = std::min(chunk_size, state.stream().size() - at);
       const pysnap::Buffer buffer = pysnap::make_buffer(size);
       std::copy_n(state.stream().begin() + static_cast<std::ptrdiff_t>(at), size, buffer.get());
       const auto raw = static_cast<std::uint32_t>(size);
@@ -179,6 +180,22 @@ TEST(a_damaged_chunk_does_not_reach_a_device) {
   CHECK(Bytes(now.begin(), now.begin() + start) ==
         Bytes(snapshot.state.stream().begin(), snapshot.state.stream().begin() + start));
   CHECK(Bytes(now.begin() + start, now.begin() + start + kChunk) == Bytes(kChunk));
+}
+
+// What is read of a chunk is digested before the rest comes.
+TEST(a_chunk_that_is_read_in_pieces_is_checked_to_its_end) {
+  const HealthyDriver driver;
+  Snapshot snapshot({0}, false, {1'300'000, 77}, std::size_t{2} << 20);
+  CHECK_EQ(snapshot.chunks.size(), 1);
+  CHECK(snapshot.restore());
+  CHECK(snapshot.state.now() == snapshot.state.stream());
+  const Bytes whole = fixture::read_file(snapshot.path());
+  for (const std::size_t at : {std::size_t{5}, std::size_t{600'000}, std::size_t{1'300'076}}) {
+    Bytes file = whole;
+    file[snapshot.chunks[0].offset + at] ^= 1;
+    fixture::write_file(snapshot.path(), file);
+    CHECK_EQ(thrown_by([&] { snapshot.restore(); }), "corrupt");
+  }
 }
 
 TEST(a_device_without_a_stream_is_refused) {
