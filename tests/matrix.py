@@ -314,6 +314,8 @@ def run(case: Case, role: str, repository: Path, log: Path) -> None:
     # As pytest does; and torchdata 0.11 calls what torch 2.13 deprecates.
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "'set_vital'", UserWarning)
+    # SequentialLR of torch 2.4 calls its schedules in a way that torch deprecates.
+    warnings.filterwarnings("ignore", "The epoch parameter in", UserWarning)
     warnings.filterwarnings("ignore", ".* is multi-threaded, use of fork", DeprecationWarning)
     torch.set_num_threads(1)
     # From another seed, nothing that a resume forgets is right by chance.

@@ -189,11 +189,17 @@ def test_plain_files_take_every_tensor_by_where_it_is() -> None:
     assert found == {"model.w": a, "optimizer.state.0.m": b, "optimizer.g.1": c}
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("name", ["torch.save", "safetensors", "dcp", "dcp-stager"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # in torch 2.4
+@pytest.mark.parametrize(
+    "name", ["torch.save", "safetensors", "dcp", "dcp-stager", "dcp-async-stager"]
+)
 def test_what_a_peer_saved_is_durable_and_whole(name: str, tmp_path: Path) -> None:
     model = torch.nn.Linear(100, 100)
-    saver = peers.open_saver(peers.PEERS[name].name, {"model": model}, tmp_path, None)
+    try:
+        saver = peers.open_saver(peers.PEERS[name].name, {"model": model}, tmp_path, None)
+    except ImportError as error:
+        pytest.skip(str(error))
     first, second = saver.save().wait(), saver.save().wait()
     saver.close()
     assert first != second

@@ -63,9 +63,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "NAdam": lambda p: torch.optim.NAdam(p),
     "RAdam": lambda p: torch.optim.RAdam(p),
     "ASGD": lambda p: torch.optim.ASGD(p),
-    "Adafactor": lambda p: torch.optim.Adafactor(p),
     "own": lambda p: Averaged(p),
 }
+if hasattr(torch.optim, "Adafactor"):  # from torch 2.5 on
+    OPTIMIZERS["Adafactor"] = lambda p: torch.optim.Adafactor(p)
 
 
 def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -140,6 +141,7 @@ def test_an_optimizer_that_cannot_be_foreseen_is_told_and_taken_for_two_tensors(
 
 
 def test_the_history_of_lbfgs_is_bounded_by_what_is_foreseen() -> None:
+    torch.manual_seed(0)  # from some weights it is at the end before its history is full
     net = model()
     optimizer = torch.optim.LBFGS(net.parameters(), history_size=5, line_search_fn="strong_wolfe")
     foreseen = estimating.estimate(net, optimizer).devices["cpu"].optimizer

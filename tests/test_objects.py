@@ -186,6 +186,8 @@ class Averaged(Program):
     def set_up(self) -> None:
         self.ema = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
         self.schedule = SWALR(self.optimizer, swa_lr=0.01, anneal_epochs=3)
+        if callable(self.schedule.state_dict().get("anneal_func")):
+            pytest.skip("SWALR of this torch saves a function, as 2.4 does")
 
     def step(self) -> None:
         super().step()

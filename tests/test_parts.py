@@ -47,7 +47,8 @@ def add_hook(net: Net) -> None:
     def hook(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
         del state[prefix + "0.bias"]
 
-    net.tied[1].register_state_dict_post_hook(hook)
+    # Public from torch 2.5 on.
+    net.tied[1]._register_state_dict_hook(hook)
 
 
 HOOKED = torch.ones(5)

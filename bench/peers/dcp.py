@@ -33,14 +33,18 @@ class Dcp(Peer):
     def keep_stager(self, *, shared: bool, behind: bool) -> None:
         """Stage in memory that is kept, pinned where there is CUDA; with `shared` in memory that
         another process reads, with `behind` in a thread."""
-        from torch.distributed.checkpoint import staging
+        from torch.distributed.checkpoint.staging import (
+            BlockingAsyncStager,
+            DefaultStager,
+            StagingOptions,
+        )
 
         has_cuda = torch.cuda.is_available()
         if _STAGES_ONCE and not (shared or behind):
-            self._stager = staging.BlockingAsyncStager(cache_staged_state_dict=has_cuda)
+            self._stager = BlockingAsyncStager(cache_staged_state_dict=has_cuda)
         else:
-            self._stager = staging.DefaultStager(
-                staging.StagingOptions(
+            self._stager = DefaultStager(
+                StagingOptions(
                     use_pinned_memory=has_cuda,
                     use_shared_memory=shared,
                     use_async_staging=behind,
