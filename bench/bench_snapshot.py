@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         more_firsts=0 if quick else 4,
         pairs=2 if quick else 3,
         segment_seconds=1.5 if quick else 5.0,
-        lost_pairs=2 if quick else 9,
+        lost_pairs=2 if quick else 25,
         trained_steps=QUICK_TRAINED_STEPS if quick else TRAINED_STEPS,
         peers=chosen,
     )
