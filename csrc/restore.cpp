@@ -250,7 +250,8 @@ std::uint64_t check_table(const std::vector<PackFile>& packs,
 // Takes checked chunks to devices, out of pinned slots, while the next ones are read.
 class Uploads {
  public:
-  // Uses about `most` of the slots, which must outlive it.
+  // Takes no more than `most` of the slots, which must outlive it: one for each thread, and as many
+  // that are copied from.
   Uploads(SlotPool& slots, std::size_t most, std::chrono::milliseconds device_timeout)
       : slots_(slots), most_(most), device_timeout_(device_timeout) {}
   Uploads(const Uploads&) = delete;
@@ -275,9 +276,8 @@ class Uploads {
       // One that was used a moment ago is still in the caches.
       std::list<InFlight> flight = oldest();
       if (!flight.empty() && flight.front().wait(kNoWait)) return std::move(flight.front().slot);
-      std::optional<Slot> slot = taken_ < most_ ? slots_.try_acquire() : std::nullopt;
+      std::optional<Slot> slot = take();
       if (slot) {
-        ++taken_;
         put_back(flight);
         return slot;
       }
@@ -333,6 +333,14 @@ class Uploads {
       return false;
     }
     return true;
+  }
+
+  // One more of the pool's slots, if it has one and `most_` are not taken yet.
+  std::optional<Slot> take() {
+    std::optional<Slot> slot;
+    if (taken_++ < most_) slot = slots_.try_acquire();
+    if (!slot) --taken_;
+    return slot;
   }
 
   // A list of one, or of none.

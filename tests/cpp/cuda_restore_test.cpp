@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <future>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -132,6 +133,35 @@ TEST(staging_memory_that_is_there_is_used) {
   CHECK(snapshot.state.now() == snapshot.state.stream());
   CHECK_EQ(fake().calls("cuMemHostRegister_v2"), registered);
   CHECK_EQ(fake().calls("cuDevicePrimaryCtxRetain"), retained);
+}
+
+// The others would have to come into the processor's caches, and bytes would go to memory.
+TEST(few_of_many_slots_are_used) {
+  const HealthyDriver driver;
+  for (const FakeCuda::Late late : {FakeCuda::kNothing, FakeCuda::kCopies}) {
+    const Snapshot snapshot({0, 1});
+    const auto staging = std::make_shared<pysnap::Staging>(kChunk, 64);
+    staging->slots().reserve(64);
+    staging->slots().wait_reserved();
+    const auto all_slots = [&] {
+      std::vector<pysnap::Slot> slots;
+      while (std::optional<pysnap::Slot> slot = staging->slots().try_acquire())
+        slots.push_back(std::move(*slot));
+      CHECK_EQ(slots.size(), 64);
+      return slots;
+    };
+    const Bytes unused(kChunk, 0xEE);
+    for (const pysnap::Slot& slot : all_slots())
+      std::copy(unused.begin(), unused.end(), slot.data());
+    fake().set_late(late);
+    CHECK(snapshot.restore(2, nullptr, staging));
+    fake().set_late(FakeCuda::kNothing);
+    const std::vector<pysnap::Slot> slots = all_slots();
+    const auto used = std::count_if(slots.begin(), slots.end(), [&](const pysnap::Slot& slot) {
+      return !std::equal(unused.begin(), unused.end(), slot.data());
+    });
+    CHECK(used > 0 && used <= 4);
+  }
 }
 
 // One thread stops behind its first chunk, until another has put all the rest through its slot.
