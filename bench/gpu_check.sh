@@ -28,15 +28,15 @@ part() {
 
 part machine 15 nvidia-smi
 needed='pybind11, cmake, ninja, zstandard, pytest, pytest_benchmark, hypothesis, matplotlib, psutil, rich, safetensors, torchdata'
-"$python" -c "import $needed" 2>/dev/null || part install 60 "$python" -m pip install -q \
+"$python" -c "import $needed" 2>/dev/null || part install 45 "$python" -m pip install -q \
   --disable-pip-version-check pybind11 cmake ninja zstandard 'pytest>=9' pytest-benchmark \
   hypothesis matplotlib psutil rich safetensors torchdata
 part build 90 "$python" setup.py build_ext --inplace
-part torch 30 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())'
+part torch 20 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())'
 mapfile -t marked < <(grep -l 'mark\.cuda' tests/test_*.py)
-part tests 110 "$python" -m pytest -q -m cuda -p no:cacheprovider "${marked[@]}"
+part tests 90 "$python" -m pytest -q -m cuda -p no:cacheprovider "${marked[@]}"
 part demo 60 "$python" -m pysnap demo --quick --device cuda --out "$out/demo"
-part bench 240 "$python" bench/bench_cuda.py --check --dir "$scratch" --out "$out" ${BENCH_OPTIONS-}
+part bench 280 "$python" bench/bench_cuda.py --check --dir "$scratch" --out "$out" ${BENCH_OPTIONS-}
 if ((status != 0)); then tail -n 40 "$out"/{install,build,tests,demo}.txt | tail -c 6000; fi
 sed -n '/GB\/s/,$p' "$out/bench.txt"
 exit "$status"
