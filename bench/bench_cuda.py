@@ -375,7 +375,7 @@ def restore(plan: Plan, accelerator: Accelerator, folder: Path, h2d: float) -> d
             for tensor, before in zip(tensors, expected, strict=False):
                 if not torch.equal(tensor.cpu(), before):
                     raise RuntimeError("a restored tensor has other bytes than were saved")
-    # The first one opens the device and maps staging memory.
+    # The first one is the first copy to the device, and is slower.
     return {"bytes": size, "first": seconds[0], "seconds": seconds[1:], "floor": floors[1:]}
 
 
@@ -559,6 +559,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results", help="where results go")
     parser.add_argument("--name", default="cuda", help="of the results: NAME.json and NAME.png")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
+    parser.add_argument("--note", default="", help="a sentence that goes with the figures")
     options = parser.parse_args(arguments)
     accelerator = open_accelerator(options.device)
     make = quick if options.quick else full
@@ -569,6 +570,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         facts["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         measured = run(plan, accelerator, folder, lambda text: console.print(text, style="dim"))
     results: dict[str, Any] = {"schema": 1, "machine": facts, "plan": vars(plan), **measured}
+    results["note"] = options.note
     judged = bars(results)
     results["bars"] = [vars(bar) | {"passed": bar.passed} for bar in judged]
     options.out.mkdir(parents=True, exist_ok=True)

@@ -170,6 +170,11 @@ def gpu_figures(results: Results, results_file: Path, readme: Path = README) -> 
             later = [row["stall_seconds"] for row in rows["warm"]]
             first = _seconds(rows["first"]["stall_seconds"])
             lines.append(f"| {subject} | {first} | {_cell(later, _seconds)} |")
+    skipped = [name for name, rows in side_by_side["subjects"].items() if "skipped" in rows]
+    if skipped:
+        lines += ["", f"Not measured: {'; '.join(skipped)}."]
+    if results["note"]:
+        lines += ["", results["note"]]
     plot_of_bars = _link(results_file.with_suffix(".png"), readme)
     lines += ["", f"![what was measured on a GPU, of what is allowed]({plot_of_bars})"]
     return "\n".join(lines)

@@ -622,8 +622,10 @@ std::string Engine::why_pageable() const {
   return staging_->slots().why_pageable();
 }
 
-std::shared_ptr<Staging> Engine::staging() const {
+std::shared_ptr<Staging> Engine::staging() {
   check_process();
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (closing_) throw Error(ErrorKind::kClosed, "the engine is closed");
   return staging_;
 }
 

@@ -241,8 +241,8 @@ class Engine {
   void wait_reserved();
   // Why copies of CUDA devices are slower than need be and block the caller; empty if they are not.
   std::string why_pageable() const;
-  // For a restore; not while a job is in flight, which would wait for it.
-  std::shared_ptr<Staging> staging() const;
+  // For a restore; not while a job is in flight, which would wait for it, nor beside close().
+  std::shared_ptr<Staging> staging();
 
   // `extents` laid end to end are the stream, `spans` cut it into chunks; the first `eager` chunks
   // are copied by capture(), the others later. No I/O, no copy. Throws Error(kInvalid) for

@@ -38,7 +38,7 @@ struct Piece {
 
 // Of a file in the page cache, so much is read and then digested: it is still in the second cache
 // of the processor's core.
-constexpr std::size_t kPiece = std::size_t{512} << 10;
+constexpr std::size_t kAtOnce = std::size_t{512} << 10;
 // Of checking a chunk in turns with copying the one before.
 constexpr std::size_t kTurn = 1024;
 constexpr std::chrono::milliseconds kNoWait{0};
@@ -127,23 +127,25 @@ class ChunkReader {
     pack.check();
     std::swap(raw_, raw_before_);
     std::uint8_t* const own = slot != nullptr ? slot : raw_.get();
-    const bool cached = pack.is_cached(chunk.offset, padded(chunk));
+    const bool encoded = chunk.encoding == Encoding::kPlanes;
+    const bool cached = !encoded && pack.is_cached(chunk.offset, padded(chunk));
+    const bool stays = cached && slot == nullptr;
     // The disk may take so long that pages of the one before, which was checked, are read anew.
-    if (!cached && in_place_) finish();
+    if (!stays && in_place_) finish();
     const std::uint8_t* raw = own;
     Digest digest;
-    if (chunk.encoding == Encoding::kPlanes) {
+    if (encoded) {
       // Not from where it is: the bytes of a file may change under the decoder.
       read_file(index, stored_.get(), padded(chunk), [](std::size_t) {});
       decode(index, own);
       digest = digest_of(raw, chunk.raw);
-    } else if (cached && slot == nullptr) {
+    } else if (stays) {
       raw = pack.in_place(chunk.offset);
       check_padding(index, raw);
       digest = digest_of(raw, chunk.raw);
     } else {
       GrowingDigest growing(own, chunk.raw);
-      read_file(index, own, cached ? kPiece : padded(chunk),
+      read_file(index, own, cached ? kAtOnce : padded(chunk),
                 [&growing](std::size_t there) { growing.advance(there); });
       digest = growing.finish();
     }
@@ -168,13 +170,13 @@ class ChunkReader {
  private:
   static std::size_t padded(const StoredChunk& chunk) { return round_up(chunk.stored, kPageSize); }
 
-  // Reads a chunk as it is stored, in pieces; after each, `there` is told how much has come.
+  // Reads a chunk as it is stored, so much at once; `there` is told each time how much has come.
   template <typename There>
-  void read_file(std::size_t index, std::uint8_t* buffer, std::size_t piece, There there) {
+  void read_file(std::size_t index, std::uint8_t* buffer, std::size_t at_once, There there) {
     const StoredChunk& chunk = chunks_[index];
     const std::size_t end = padded(chunk);
-    for (std::size_t at = 0; at < end; at += piece) {
-      const std::size_t length = std::min(piece, end - at);
+    for (std::size_t at = 0; at < end; at += at_once) {
+      const std::size_t length = std::min(at_once, end - at);
       if (!packs_[chunk.pack].read(buffer + at, length, chunk.offset + at))
         throw damage(index, "the file ends before it");
       there(at + length);
@@ -285,9 +287,8 @@ class Uploads {
         if (!wait(flight, stopped)) return std::nullopt;
         return std::move(flight.front().slot);
       }
-      // Other threads have all of them, or the pool still grows.
-      slot = slots_.acquire(kPoll);
-      if (slot) ++taken_;
+      // Other threads have all of them in their hands, or the pool still grows.
+      slot = wait_for_pool();
       if (slot || stopped()) return slot;
     }
   }
@@ -339,6 +340,14 @@ class Uploads {
   std::optional<Slot> take() {
     std::optional<Slot> slot;
     if (taken_++ < most_) slot = slots_.try_acquire();
+    if (!slot) --taken_;
+    return slot;
+  }
+
+  // The same; waits a while for the pool.
+  std::optional<Slot> wait_for_pool() {
+    std::optional<Slot> slot;
+    if (taken_++ < most_) slot = slots_.acquire(kPoll);
     if (!slot) --taken_;
     return slot;
   }

@@ -38,12 +38,12 @@ struct Damage {
 };
 
 // Reads the chunks that hold bytes of a target, checks each against its digest, and only then
-// copies its bytes into the targets, while the next chunk is checked. Raw chunks that are in the
-// page cache are checked and copied in place. `chunks` are in the order of the stream. Uses
-// `threads` threads, the caller among them, at its priority, and the memory of 3 chunks and a
-// decoder each at most. Chunks for devices go through two slots of `staging` a thread; where that
-// is null or has not as many, or too small ones, through memory of its own. Throws the first
-// failure: Error(kCorrupt) with the chunk (none for a pack of another length), Error(kIo),
+// copies its bytes into the targets, while the next chunk is checked. Raw chunks for host memory
+// that are in the page cache are checked and copied in place. `chunks` are in the order of the
+// stream. Uses `threads` threads, the caller among them, at its priority, and the memory of 3
+// chunks and a decoder each at most. Chunks for devices go through two slots of `staging` a thread;
+// where that is null or has not as many, or too small ones, through memory of its own. Throws the
+// first failure: Error(kCorrupt) with the chunk (none for a pack of another length), Error(kIo),
 // Error(kDevice), or Error(kInvalid) for a chunk table or targets that cannot be; targets may then
 // be partly written. False if `interrupted` ended it.
 //

@@ -11,7 +11,7 @@
 
 namespace pysnap {
 
-// Thread safe.
+// Thread safe, but for close().
 class Staging {
  public:
   // Starts the pool's thread; no memory is mapped yet, no device opened.
@@ -25,8 +25,8 @@ class Staging {
   // Opened when it is first asked for, which is slow, and kept open. From the first CUDA device on,
   // the slots are registered. Throws as open_device.
   std::shared_ptr<Device> device(DeviceIndex index);
-  // Ends the pool's thread and lets the devices go. Slots and devices in use stay usable. Safe to
-  // repeat.
+  // Ends the pool's thread and lets the devices go; for the owner, when nobody asks for more. Slots
+  // and devices in use stay usable. Safe to repeat.
   void close();
 
  private:

@@ -70,8 +70,8 @@ class Dcp(Peer):
 
 
 class DcpAsyncStager(Dcp):
-    """Written by a thread; another one stages in memory that is kept, and the training waits for it
-    before the optimizer's step."""
+    """Written by a thread; another one stages in memory that is kept, where this torch can, and the
+    training waits for it before the optimizer's step."""
 
     overlaps = True
 
@@ -81,10 +81,17 @@ class DcpAsyncStager(Dcp):
         self.keep_stager(shared=False, behind=True)
 
     def write(self, path: Path) -> Pending:
-        if _STAGES_ONCE:
+        pending = super().write(path)
+        if not _STAGES_ONCE:
+            return pending
+
+        def end() -> None:
+            # Another one for the next save, made outside of it.
+            pending.wait()
             self.close()
             self.keep_stager(shared=False, behind=True)
-        return super().write(path)
+
+        return Written(path, end, pending.done, pending.gate)
 
 
 class DcpKeptStager(Dcp):

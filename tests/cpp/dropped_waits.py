@@ -729,6 +729,20 @@ DROPS = [
         "cuda_restore_test devices_are_whole_when_restore_returns",
     ),
     Drop(
+        "a slot whose copy has ended is used again, and no other",
+        RESTORE,
+        "      if (!flight.empty() && flight.front().wait(kNoWait)) return",
+        "      if (!flight.empty()) return",
+        "cuda_restore_test devices_are_whole_when_restore_returns",
+    ),
+    Drop(
+        "one that is still copied from is kept when another is taken",
+        RESTORE,
+        "        put_back(flight);\n",
+        "",
+        "cuda_restore_test devices_are_whole_when_restore_returns",
+    ),
+    Drop(
         "a slot is used again after its fences",
         RESTORE,
         "        if (!wait(flight, stopped)) return std::nullopt;\n",

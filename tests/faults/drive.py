@@ -53,12 +53,13 @@ def record(log: str, folder: str, workloads: list[tuple[str, str | None]]) -> di
 def check_states(
     log: str, folder: str, seed: int, mixes: int, limit: int | None, shard: int, shards: int
 ) -> dict[str, Any]:
-    """Make the crash states of stored logs real, and try each."""
+    """Make the crash states of stored logs real, of each log `limit` at most, and try them."""
     states: list[CrashState] = []
     for name, (root, operations) in pickle.loads(Path(log).read_bytes()).items():
-        states += crash_states(name, root, operations, seed=seed, mixes=mixes)
+        found = list(crash_states(name, root, operations, seed=seed, mixes=mixes))
+        states += choose(found, limit or len(found))
     own = Path(tempfile.mkdtemp(dir=folder))
-    mine = choose(states, limit or len(states))[shard::shards]
+    mine = states[shard::shards]
     violations = []
     for state in mine:
         place = own / "state"

@@ -11,7 +11,7 @@ from conftest import Count
 from driving import Driver, temporary_directory
 
 HARNESS = "planted bugs"
-_STATES_OF_EACH = 220
+_STATES_OF_EACH = 330
 
 # Bugs that states of a power cut show, and a workload that meets each.
 _OF_CRASHES = {
@@ -46,9 +46,7 @@ def found(library: Path) -> Iterator[Counter[str]]:
         driver = Driver(library, folder)
         log = str(folder / "log")
         driver.run("record", log=log, workloads=[(load, bug) for bug, load in _OF_CRASHES.items()])
-        result = driver.run_shares(
-            "check_states", log=log, seed=1, mixes=0, limit=_STATES_OF_EACH * len(_OF_CRASHES)
-        )
+        result = driver.run_shares("check_states", log=log, seed=1, mixes=0, limit=_STATES_OF_EACH)
     yield Counter(
         bug
         for bug, workload in _OF_CRASHES.items()
