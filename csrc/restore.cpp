@@ -278,7 +278,7 @@ class Uploads {
       // One that was used a moment ago is still in the caches.
       std::list<InFlight> flight = oldest();
       if (!flight.empty() && flight.front().wait(kNoWait)) return std::move(flight.front().slot);
-      std::optional<Slot> slot = take();
+      std::optional<Slot> slot = take(kNoWait);
       if (slot) {
         put_back(flight);
         return slot;
@@ -288,7 +288,7 @@ class Uploads {
         return std::move(flight.front().slot);
       }
       // Other threads have all of them in their hands, or the pool still grows.
-      slot = wait_for_pool();
+      slot = take(kPoll);
       if (slot || stopped()) return slot;
     }
   }
@@ -336,18 +336,11 @@ class Uploads {
     return true;
   }
 
-  // One more of the pool's slots, if it has one and `most_` are not taken yet.
-  std::optional<Slot> take() {
+  // One more of the pool's slots, if `most_` are not taken yet and it has one, or gets one in time.
+  std::optional<Slot> take(std::chrono::milliseconds patience) {
     std::optional<Slot> slot;
-    if (taken_++ < most_) slot = slots_.try_acquire();
-    if (!slot) --taken_;
-    return slot;
-  }
-
-  // The same; waits a while for the pool.
-  std::optional<Slot> wait_for_pool() {
-    std::optional<Slot> slot;
-    if (taken_++ < most_) slot = slots_.acquire(kPoll);
+    if (taken_++ < most_)
+      slot = patience == kNoWait ? slots_.try_acquire() : slots_.acquire(patience);
     if (!slot) --taken_;
     return slot;
   }

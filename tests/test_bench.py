@@ -199,6 +199,7 @@ def test_what_a_peer_saved_is_durable_and_whole(name: str, tmp_path: Path) -> No
     try:
         saver = peers.open_saver(peers.PEERS[name].name, {"model": model}, tmp_path, None)
     except ImportError as error:
+        # DefaultStager came after torch 2.4.
         pytest.skip(str(error))
     first, second = saver.save().wait(), saver.save().wait()
     saver.close()

@@ -72,6 +72,21 @@ class Snapshot {
   std::uint64_t size_;
 };
 
+// A restore that is interrupted at that poll, while the devices are held: it polls no more, but its
+// slots are in use until the copies have ended.
+void check_interrupted_at(int poll, const Snapshot& snapshot, unsigned threads) {
+  fake().set_late(FakeCuda::kCopies);
+  fake().hold(-1);
+  std::atomic<int> polls{0};
+  std::future<bool> restored = std::async(std::launch::async, [&] {
+    return snapshot.restore(threads, [&] { return ++polls == poll; });
+  });
+  CHECK(restored.wait_for(std::chrono::seconds(1)) == std::future_status::timeout);
+  CHECK_EQ(polls.load(), poll);
+  fake().release();
+  CHECK(!restored.get());
+}
+
 }  // namespace
 
 // Without waiting for anything, the tensors are whole when restore returns.
@@ -314,29 +329,10 @@ TEST(a_call_that_is_refused_never_makes_a_wrong_restore) {
 
 TEST(a_wait_for_a_device_can_be_interrupted) {
   const HealthyDriver driver;
-  const Snapshot snapshot({0, 1});
-  fake().set_late(FakeCuda::kCopies);
-  fake().hold(-1);
-  std::atomic<int> polls{0};
-  std::future<bool> restored = std::async(
-      std::launch::async, [&] { return snapshot.restore(2, [&] { return ++polls == 3; }); });
-  // It is interrupted soon, but the buffers are in use until the copies have ended.
-  CHECK(restored.wait_for(std::chrono::seconds(1)) == std::future_status::timeout);
-  CHECK_EQ(polls.load(), 3);
-  fake().release();
-  CHECK(!restored.get());
+  check_interrupted_at(3, Snapshot({0, 1}), 2);
 }
 
 TEST(an_interrupted_wait_for_the_only_copy_leaves_it_its_slot) {
   const HealthyDriver driver;
-  const Snapshot snapshot({0}, false, {kChunk});
-  fake().set_late(FakeCuda::kCopies);
-  fake().hold(-1);
-  std::atomic<int> polls{0};
-  std::future<bool> restored = std::async(
-      std::launch::async, [&] { return snapshot.restore(1, [&] { return ++polls == 2; }); });
-  CHECK(restored.wait_for(std::chrono::milliseconds(500)) == std::future_status::timeout);
-  CHECK_EQ(polls.load(), 2);
-  fake().release();
-  CHECK(!restored.get());
+  check_interrupted_at(2, Snapshot({0}, false, {kChunk}), 1);
 }

@@ -692,6 +692,13 @@ DROPS = [
         "cuda_restore_test what_was_queued_before_restore_comes_before_it",
     ),
     Drop(
+        "what was checked in place is copied before the disk is waited for",
+        RESTORE,
+        "    if (!stays && in_place_) finish();\n",
+        "",
+        "restore_test a_chunk_that_was_checked_in_place_is_copied_before_the_file_is_read",
+    ),
+    Drop(
         "the bytes of a slot are on the host before it is used again",
         RESTORE,
         "    if (slot != nullptr) finish();\n",

@@ -897,6 +897,7 @@ TEST(close_ends_the_job_in_flight_at_every_stage) {
     CHECK_EQ(thrown_by([&] { job->wait_written(kForever); }), "closed");
     CHECK_EQ(thrown_by([&] { job->finish(); }), "closed");
     CHECK_EQ(thrown_by([&] { begin(*engine, state); }), "closed");
+    CHECK_EQ(thrown_by([&] { engine->staging(); }), "closed");
     job->abort();
   }
 }
@@ -947,8 +948,9 @@ TEST(a_forked_child_can_use_nothing_and_does_not_hang) {
     const auto closed = [](auto call) { return thrown_by(call) == "closed"; };
     const bool all =
         closed([&] { begin(*engine, state); }) && closed([&] { engine->close(); }) &&
-        closed([&] { engine->reserve(1); }) && closed([&] { engine->wait_reserved(); }) &&
-        closed([&] { job->capture({}, nullptr); }) && closed([&] { job->gate({}, nullptr); }) &&
+        closed([&] { engine->staging(); }) && closed([&] { engine->reserve(1); }) &&
+        closed([&] { engine->wait_reserved(); }) && closed([&] { job->capture({}, nullptr); }) &&
+        closed([&] { job->gate({}, nullptr); }) &&
         closed([&] { job->open_pack(directory / "child"); }) &&
         closed([&] { job->wait_staged(kAtOnce); }) && closed([&] { job->wait_written(kAtOnce); }) &&
         closed([&] { job->finish(); }) && closed([&] { job->abort(); });

@@ -407,6 +407,16 @@ void spring_trap(int) {
 
 }  // namespace
 
+// Its pages might be read anew while the disk is busy with the next one.
+TEST(a_chunk_that_was_checked_in_place_is_copied_before_the_file_is_read) {
+  Snapshot snapshot;
+  // Found when it has been read, and before its digest is looked at.
+  snapshot.damage(1, snapshot.chunks[1].stored);
+  Bytes bytes(snapshot.stream.size());
+  CHECK_EQ(thrown_by([&] { snapshot.restore({Snapshot::target(0, bytes)}, 1); }), "corrupt");
+  CHECK(part(bytes, 0, snapshot.starts[1]) == part(snapshot.stream, 0, snapshot.starts[1]));
+}
+
 TEST(a_file_that_is_cut_short_while_it_is_copied_is_damage_and_kills_nobody) {
   const Snapshot snapshot;
   trap = ::mmap(nullptr, kPageSize, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
