@@ -20,6 +20,7 @@ from support import assert_same
 from torch import nn
 
 import pysnap
+from pysnap import _engine
 from pysnap.capture import Capture, _Guard
 
 WIDTH = 64  # a weight of 16 KiB, four chunks
@@ -784,7 +785,11 @@ def test_it_becomes_durable_although_no_step_follows(tmp_path: Path) -> None:
     program.snapshotter.close()
 
 
-def test_the_training_thread_may_wait_for_it(tmp_path: Path, disk: Disk) -> None:
+def test_the_training_thread_may_wait_for_it(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Asked while it waits, it would not answer: there it runs no instruction.
+    monkeypatch.setattr(_engine, "call_in_main_thread", lambda look: True)
     program = Program(tmp_path, every=1)
     take(program, disk)
     newest = program.snapshotter._committer.newest
