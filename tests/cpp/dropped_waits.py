@@ -5,7 +5,7 @@
 Each is dropped from a copy of the sources, and the test that is to find it runs there: in a build
 with the driver of tests/cpp/fake_cuda, or by pytest. A test that fails, crashes or does not end has
 found it. Exit status 1 if one survives, or if a test fails without anything being dropped. Needs
-cmake, ninja, a C++ compiler and what the Python tests need; takes some 15 minutes on two cores.
+cmake, ninja, a C++ compiler and what the Python tests need; takes some 20 minutes on two cores.
 """
 
 from __future__ import annotations
