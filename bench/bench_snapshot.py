@@ -37,7 +37,7 @@ FULL_BOUND = 256 * 2**20
 LEAST_BOUND = 16 * 2**20
 TRAINED_STEPS = 200
 QUICK_TRAINED_STEPS = 20
-CODER_REPEATS = 3
+CODER_REPEATS = 6
 """Of each of the plan's: one takes about a second."""
 TRAINED_WITH = (peers.PYSNAP, peers.PYSNAP_OVERLAP)
 LOST_SEGMENT_SECONDS = 2.0
@@ -108,7 +108,7 @@ def measurements(plan: Plan) -> list[Job]:
     return [
         *(saves(subject, plan.own_repeats) for subject in peers.OURS),
         *(saves(subject, plan.repeats) for subject in others),
-        *(saves(peers.PYSNAP, 0) for _ in range(plan.more_firsts)),
+        *(saves(subject, 0) for _ in range(plan.more_firsts) for subject in report.CAPTURED),
         Job("codecs", "", again),
         Job("coders", "", {"steps": plan.trained_steps, "repeats": CODER_REPEATS * plan.repeats}),
         *(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+CAPTURED = (peers.PYSNAP, peers.PYSNAP_RAW)
+"""Whose capture without overlap is judged, the first of a process in several of them."""
 WARM_CAPTURE = 1.05
 """Blocked, times the best memcpy of the same bytes in the same repetition."""
 FIRST_CAPTURE = 1.10
@@ -187,7 +189,7 @@ def _rows(results: Results, subject: str, which: str) -> list[Results]:
 
 def _capture_bars(results: Results) -> list[Bar]:
     found = []
-    for subject in (peers.PYSNAP, peers.PYSNAP_RAW):
+    for subject in CAPTURED:
         warm, first = (_rows(results, subject, which) for which in ("warm", "first"))
         found += [
             Bar(f"{subject}: blocked / best memcpy", WARM_CAPTURE, blocked_ratios(warm)),
