@@ -46,21 +46,17 @@ LOST_SEGMENT_SECONDS = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured, and how often."""
+    """What is measured, and how often: `repeats` warm saves in a process; for what is judged, in
+    each of `processes`, for all saves of one share where its memory happens to lie."""
 
     parameters: int
     repeats: int
-    more_firsts: int
+    processes: int
     pairs: int
     segment_seconds: float
     lost_pairs: int
     trained_steps: int
     peers: tuple[str, ...]
-
-    @property
-    def own_repeats(self) -> int:
-        """Of pysnap's own saves, which are judged: a disk that others share is a noisy one."""
-        return 2 * self.repeats
 
     @property
     def state_bytes(self) -> int:
@@ -87,11 +83,11 @@ class Plan:
 def measurements(plan: Plan) -> list[Job]:
     """Everything that is to be measured, in order."""
     others = [peers.PEERS[peer].name for peer in plan.peers]
+    again = {"parameters": plan.parameters, "repeats": plan.repeats}
 
-    def saves(subject: str, repeats: int) -> Job:
+    def saves(subject: str) -> Job:
         bound = plan.bound if subject == peers.PYSNAP_BOUNDED else None
-        size = {"parameters": plan.parameters, "repeats": repeats, "host_memory": bound}
-        return Job("saves", subject, size | {"subject": subject})
+        return Job("saves", subject, again | {"subject": subject, "host_memory": bound})
 
     def beside(kind: str, loop: str, subject: str, pairs: int, seconds: float) -> Job:
         arguments = {
@@ -104,11 +100,9 @@ def measurements(plan: Plan) -> list[Job]:
         }
         return Job(kind, subject, arguments)
 
-    again = {"parameters": plan.parameters, "repeats": plan.repeats}
     return [
-        *(saves(subject, plan.own_repeats) for subject in peers.OURS),
-        *(saves(subject, plan.repeats) for subject in others),
-        *(saves(subject, 0) for _ in range(plan.more_firsts) for subject in report.CAPTURED),
+        *(saves(subject) for subject in (*peers.OURS, *others)),
+        *(saves(subject) for _ in range(plan.processes - 1) for subject in report.TIMED),
         Job("codecs", "", again),
         Job("coders", "", {"steps": plan.trained_steps, "repeats": CODER_REPEATS * plan.repeats}),
         *(
@@ -151,10 +145,18 @@ def _add(results: dict[str, Any], job: Job, result: dict[str, Any]) -> None:
         results["state"] = result.pop("state")
         known = results["saves"].setdefault(job.subject, result)
         if known is not result:
-            # Another process that took its first save only.
-            known["first"] += result["first"]
+            _add_process(known, result)
     else:
         results[job.kind] = result
+
+
+def _add_process(known: dict[str, Any], more: dict[str, Any]) -> None:
+    """To the saves of a subject those of another process; of memory and disturbance, the most."""
+    for sum_of in ("first", "warm", "damaged_chunks"):
+        known[sum_of] += more[sum_of]
+    for most_of in ("extra_memory", "foreign_cpu"):
+        values = [value for value in (known[most_of], more[most_of]) if value is not None]
+        known[most_of] = max(values, default=None)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -233,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = Plan(
         parameters=options.size or (QUICK_PARAMETERS if quick else FULL_PARAMETERS),
         repeats=max(1, options.repeats or (3 if quick else 5)),
-        more_firsts=0 if quick else 4,
+        processes=1 if quick else 5,
         pairs=2 if quick else 3,
         segment_seconds=1.5 if quick else 5.0,
         lost_pairs=2 if quick else 25,
@@ -252,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "note": options.note,
         "machine": facts,
         "repeats": plan.repeats,
-        "own_repeats": plan.own_repeats,
+        "processes": plan.processes,
         "segment_seconds": plan.segment_seconds,
         "bound": plan.bound,
         "skipped": skipped,

@@ -102,6 +102,9 @@ def figures(results: Results, results_file: Path, readme: Path = README) -> str:
     """What stands between the comments, as Markdown; links are relative to `readme`."""
     state, machine = results["state"], results["machine"]
     link = partial(_link, readme=readme)
+    own = sorted(
+        {len(saves["warm"]) for name, saves in results["saves"].items() if name in peers.OURS}
+    )
     skipped = [peers.PEERS[name].name for name in results["skipped"]]
     table = link(results_file)
     saving, trained = map(link, plot.files(results_file))
@@ -111,7 +114,7 @@ def figures(results: Results, results_file: Path, readme: Path = README) -> str:
         f"tensors), {machine['cores']} cores of {_article(machine['cpu'])}, "
         f"{machine['memory_bytes'] / 1e9:.0f} GB of memory, {machine['file_system']}, "
         f"torch {machine['torch']}; medians of {results['repeats']}, of pysnap's own saves of "
-        f"{results['own_repeats']}. All repetitions are in "
+        f"{' or '.join(map(str, own))}. All repetitions are in "
         f"[{table}]({table}).",
         "",
         _table(results),

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 CAPTURED = (peers.PYSNAP, peers.PYSNAP_RAW)
-"""Whose capture without overlap is judged, the first of a process in several of them."""
+"""Whose capture without overlap is judged."""
+TIMED = (*CAPTURED, peers.PYSNAP_OVERLAP)
+"""Whose saves have bars of time."""
 WARM_CAPTURE = 1.05
 """Blocked, times the best memcpy of the same bytes in the same repetition."""
 FIRST_CAPTURE = 1.10

@@ -78,6 +78,7 @@ def test_readme_follows_the_results(results: dict[str, Any]) -> None:
     results["skipped"] = {"orbax": "it is not installed"}
     part = readme.figures(results, readme.RESULTS)
     assert "| pysnap | 7.12 s |" in part
+    assert f"medians of {results['repeats']}, of pysnap's own saves of {len(rows)}" in part
     assert "The disk was slow." in part
     assert f"Not installed where this was measured: {peers.ORBAX}." in part
 
@@ -149,7 +150,7 @@ def test_a_peer_that_is_not_installed_is_left_out_with_the_reason(
 PLAN = bench_snapshot.Plan(
     parameters=1000,
     repeats=1,
-    more_firsts=1,
+    processes=2,
     pairs=1,
     segment_seconds=1,
     lost_pairs=1,
@@ -170,6 +171,31 @@ def test_every_kind_of_measurement_is_planned_with_the_arguments_that_it_takes()
     for job in planned:
         parameters = inspect.signature(child.MEASURES[job.kind]).parameters
         assert {*job.arguments, "directory", "tell"} == parameters.keys()
+
+
+def test_saves_with_bars_of_time_are_taken_in_several_processes() -> None:
+    planned = [job.subject for job in bench_snapshot.measurements(PLAN) if job.kind == "saves"]
+    for subject in (*peers.OURS, peers.DCP):
+        assert planned.count(subject) == (PLAN.processes if subject in report.TIMED else 1)
+
+
+def test_the_saves_of_all_processes_are_judged_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    size = {"state": {"bytes": STATE_BYTES}}
+    ended = [
+        saves([4.0, 2.0, 2.0], extra=2) | size | {"foreign_cpu": 0.3, "damaged_chunks": 1},
+        saves([6.0, 3.0, 3.0], extra=1) | size | {"foreign_cpu": 0.1},
+        saves([8.0, 9.0], extra=None) | size | {"foreign_cpu": 0.2, "damaged_chunks": 1},
+    ]
+    job = jobs.Job("saves", peers.PYSNAP, {})
+    monkeypatch.setattr(jobs, "run_all", lambda *_: [(job, result) for result in ended])
+    results, failed = bench_snapshot.run(PLAN, tmp_path, Console())
+    assert not failed
+    found = results["saves"][peers.PYSNAP]
+    assert [row["blocked_seconds"] for row in found["first"]] == [4.0, 6.0, 8.0]
+    assert [row["blocked_seconds"] for row in found["warm"]] == [2.0, 2.0, 3.0, 3.0, 9.0]
+    assert (found["extra_memory"], found["foreign_cpu"], found["damaged_chunks"]) == (2, 0.3, 2)
 
 
 def test_an_unknown_peer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,7 +368,6 @@ def coded(**seconds: list[float]) -> dict[str, Any]:
     return {
         "trained": {"steps": 200, "loss": 2.0, "parameters": 1},
         "repeats": 3,
-        "own_repeats": 6,
         "foreign_cpu": 0.0,
         "missing": {},
         "kinds": {
