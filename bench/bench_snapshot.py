@@ -46,8 +46,8 @@ LOST_SEGMENT_SECONDS = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured, and how often: `repeats` warm saves in a process; for what is judged, in
-    each of `processes`, for all saves of one share where its memory happens to lie."""
+    """What is measured, and how often: each way to save `repeats` times warm in a process, those
+    that have bars of time in so many `processes`."""
 
     parameters: int
     repeats: int
