@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 CAPTURED = (peers.PYSNAP, peers.PYSNAP_RAW)
-"""Whose capture without overlap is judged: the same in both, so their first saves are judged
-together, for there is one in a process."""
+"""Whose capture without overlap is judged."""
 TIMED = (*CAPTURED, peers.PYSNAP_OVERLAP)
 """Whose saves have bars of time."""
 WARM_CAPTURE = 1.05
@@ -192,19 +191,15 @@ def _rows(results: Results, subject: str, which: str) -> list[Results]:
 
 def _capture_bars(results: Results) -> list[Bar]:
     found = []
-    first_ratios: list[float] = []
-    first_over_warm: list[float] = []
     for subject in CAPTURED:
         warm, first = (_rows(results, subject, which) for which in ("warm", "first"))
-        found.append(Bar(f"{subject}: blocked / best memcpy", WARM_CAPTURE, blocked_ratios(warm)))
-        first_ratios += blocked_ratios(first)
-        if warm:
-            usual = Spread.of(row["blocked_seconds"] for row in warm).median
-            first_over_warm += [row["blocked_seconds"] / usual for row in first]
-    found += [
-        Bar("pysnap: first blocked / best memcpy", FIRST_CAPTURE, first_ratios),
-        Bar("pysnap: first blocked / warm", FIRST_OVER_WARM, first_over_warm),
-    ]
+        found += [
+            Bar(f"{subject}: blocked / best memcpy", WARM_CAPTURE, blocked_ratios(warm)),
+            Bar(f"{subject}: first blocked / best memcpy", FIRST_CAPTURE, blocked_ratios(first)),
+        ]
+        usual = [row["blocked_seconds"] for row in warm]
+        ratios = [row["blocked_seconds"] / Spread.of(usual).median for row in first if usual]
+        found.append(Bar(f"{subject}: first blocked / warm", FIRST_OVER_WARM, ratios))
     overlapped = blocked_ratios(_rows(results, peers.PYSNAP_OVERLAP, "warm"))
     what = f"{peers.PYSNAP_OVERLAP}: blocked / best memcpy"
     return [*found, Bar(what, OVERLAPPED_CAPTURE, overlapped)]

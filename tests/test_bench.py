@@ -288,19 +288,6 @@ def test_blocked_time_is_judged_beside_the_best_memcpy_of_its_repetition() -> No
     assert (first.values, first.passed) == ([3.0], False)
 
 
-def test_first_saves_of_the_same_capture_are_judged_together() -> None:
-    # Each beside the memcpy of its repetition, and beside the warm saves of its own subject.
-    results = made(
-        saves={
-            peers.PYSNAP: saves([6.0, 2.0, 4.0, 2.0]),
-            peers.PYSNAP_RAW: saves([2.0, 4.0]),
-            peers.PYSNAP_OVERLAP: saves([9.0, 9.0]),
-        }
-    )
-    assert bar_of(results, "pysnap: first blocked / best memcpy").values == [3.0, 1.0]
-    assert bar_of(results, "pysnap: first blocked / warm").values == [3.0, 0.5]
-
-
 def test_durable_is_judged_beside_a_plain_write_and_its_pair_without_codec() -> None:
     pairs = [
         {
