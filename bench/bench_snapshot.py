@@ -152,7 +152,7 @@ def _add(results: dict[str, Any], job: Job, result: dict[str, Any]) -> None:
 
 def _add_process(known: dict[str, Any], more: dict[str, Any]) -> None:
     """To the saves of a subject those of another process; of memory and disturbance, the most."""
-    for sum_of in ("first", "warm", "damaged_chunks"):
+    for sum_of in ("first", "warm", "damaged_chunks", "wall_seconds"):
         known[sum_of] += more[sum_of]
     for most_of in ("extra_memory", "foreign_cpu"):
         values = [value for value in (known[most_of], more[most_of]) if value is not None]

@@ -57,8 +57,8 @@ def measure(
     written, copied = advance()
     memory = ExtraMemory()
     budget = min(host_memory or available_memory() // 4, state.nbytes)
-    # Only now, for what it stages in shall have rested no longer than the floor's memory: under a
-    # hypervisor, memory that rested may be touched at a fraction of its speed.
+    # Only now, for what it stages in shall have rested no longer than the floor's memory: in a
+    # virtual machine, a copy into memory that rested can take several times as long.
     saver = peers.open_saver(subject, state.parts(), folder, host_memory)
     saver.wait_ready()
     rows = []
@@ -89,6 +89,7 @@ def measure(
                 "bytes": size_on_disk(path),
                 "memcpy_seconds": copied,
                 "write_seconds": written,
+                "write_floor": disk.way,
             }
         )
         remove(path)
@@ -99,7 +100,6 @@ def measure(
         "extra_memory": extra,
         "staging_budget": budget,
         "damaged_chunks": damages,
-        "write_floor": disk.way,
         "state": {"parameters": sum(p.numel() for p in state.model.parameters()),
                   "tensors": len(state.tensors()), "bytes": state.nbytes},
     }  # fmt: skip

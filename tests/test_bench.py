@@ -71,14 +71,16 @@ def test_what_readme_links_to_is_there(results: dict[str, Any]) -> None:
 
 
 def test_readme_follows_the_results(results: dict[str, Any]) -> None:
-    rows = results["saves"][peers.PYSNAP]["warm"]
-    for row in rows:
+    for name in peers.OURS:
+        saved = results["saves"][name]
+        saved["warm"] = saved["warm"][: 3 if name in report.TIMED else 1]
+    for row in results["saves"][peers.PYSNAP]["warm"]:
         row["blocked_seconds"] = 7.125
     results["note"] = "The disk was slow."
     results["skipped"] = {"orbax": "it is not installed"}
     part = readme.figures(results, readme.RESULTS)
     assert "| pysnap | 7.12 s |" in part
-    assert f"medians of {results['repeats']}, of pysnap's own saves of {len(rows)}" in part
+    assert f"medians of {results['repeats']}, of pysnap's own saves of 1 or 3." in part
     assert "The disk was slow." in part
     assert f"Not installed where this was measured: {peers.ORBAX}." in part
 
@@ -182,7 +184,7 @@ def test_saves_with_bars_of_time_are_taken_in_several_processes() -> None:
 def test_the_saves_of_all_processes_are_judged_together(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    size = {"state": {"bytes": STATE_BYTES}}
+    size = {"state": {"bytes": STATE_BYTES}, "wall_seconds": 1.0}
     ended = [
         saves([4.0, 2.0, 2.0], extra=2) | size | {"foreign_cpu": 0.3, "damaged_chunks": 1},
         saves([6.0, 3.0, 3.0], extra=1) | size | {"foreign_cpu": 0.1},
@@ -195,7 +197,8 @@ def test_the_saves_of_all_processes_are_judged_together(
     found = results["saves"][peers.PYSNAP]
     assert [row["blocked_seconds"] for row in found["first"]] == [4.0, 6.0, 8.0]
     assert [row["blocked_seconds"] for row in found["warm"]] == [2.0, 2.0, 3.0, 3.0, 9.0]
-    assert (found["extra_memory"], found["foreign_cpu"], found["damaged_chunks"]) == (2, 0.3, 2)
+    assert (found["extra_memory"], found["foreign_cpu"]) == (2, 0.3)
+    assert (found["damaged_chunks"], found["wall_seconds"]) == (2, 3.0)
 
 
 def test_an_unknown_peer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
