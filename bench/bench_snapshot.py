@@ -39,6 +39,8 @@ TRAINED_STEPS = 200
 QUICK_TRAINED_STEPS = 20
 CODER_REPEATS = 6
 """Of each of the plan's: one takes about a second."""
+PAIR_REPEATS = 3
+"""The same for what is compared in turn in one process and has a bar: codecs, restores."""
 TRAINED_WITH = (peers.PYSNAP, peers.PYSNAP_OVERLAP)
 LOST_SEGMENT_SECONDS = 2.0
 """Outlasts a save of pysnap fourfold; a longer segment adds nothing but its own noise."""
@@ -84,6 +86,7 @@ def measurements(plan: Plan) -> list[Job]:
     """Everything that is to be measured, in order."""
     others = [peers.PEERS[peer].name for peer in plan.peers]
     again = {"parameters": plan.parameters, "repeats": plan.repeats}
+    pairs = again | {"repeats": PAIR_REPEATS * plan.repeats}
 
     def saves(subject: str) -> Job:
         bound = plan.bound if subject == peers.PYSNAP_BOUNDED else None
@@ -103,7 +106,7 @@ def measurements(plan: Plan) -> list[Job]:
     return [
         *(saves(subject) for subject in (*peers.OURS, *others)),
         *(saves(subject) for _ in range(plan.processes - 1) for subject in report.TIMED),
-        Job("codecs", "", again),
+        Job("codecs", "", pairs),
         Job("coders", "", {"steps": plan.trained_steps, "repeats": CODER_REPEATS * plan.repeats}),
         *(
             beside("training", loop, name, plan.pairs, plan.segment_seconds)
@@ -113,9 +116,9 @@ def measurements(plan: Plan) -> list[Job]:
         *(
             beside("lost", loop, name, plan.lost_pairs, LOST_SEGMENT_SECONDS)
             for loop in training.LOOPS
-            for name in TRAINED_WITH
+            for name in (*TRAINED_WITH, peers.LIMIT)
         ),
-        Job("restores", "", again),
+        Job("restores", "", pairs),
     ]
 
 

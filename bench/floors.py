@@ -211,6 +211,10 @@ class WriteFloor:
         """Seconds of one write."""
         return self._write(self._threads)
 
+    def write(self, path: Path) -> None:
+        """Write the same to a new file, which stays."""
+        write_and_sync(path, self._data, direct=self._direct, threads=self._threads)
+
     def _write(self, threads: int) -> float:
         try:
             start = time.perf_counter()

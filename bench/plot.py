@@ -86,6 +86,8 @@ def _draw_training(results: Results, path: Path) -> None:
             f"{loop} loop: lost by a save, s",
             {subject: lost_by(results, loop, subject) for subject in subjects},
         )
+        if limit := lost_by(results, loop, peers.LIMIT):
+            _floors(lost, peers.LIMIT, [limit] * len(subjects))
         _bars(
             speed,
             f"{loop} loop: speed with saves, % of without",
@@ -157,7 +159,8 @@ def _any_negative(values: dict[str, list[float]]) -> bool:
 
 
 def _floors(axes: Axes, name: str, seconds: list[list[float]]) -> None:
-    """Each subject's own floor across its bar: those of others were measured at other times."""
+    """A floor across each bar, the subject's own where it has one: those of others were measured
+    at other times."""
     for place, values in enumerate(seconds):
         middle = statistics.median(values)
         axes.plot([middle, middle], [place - 0.4, place + 0.4], color=_FLOOR, linewidth=2)

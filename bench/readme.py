@@ -105,6 +105,8 @@ def figures(results: Results, results_file: Path, readme: Path = README) -> str:
     own = sorted(
         {len(saves["warm"]) for name, saves in results["saves"].items() if name in peers.OURS}
     )
+    restored = len(restore_seconds(results, peers.PYSNAP))
+    restores = f", of restores of {restored}" if restored else ""
     skipped = [peers.PEERS[name].name for name in results["skipped"]]
     table = link(results_file)
     saving, trained = map(link, plot.files(results_file))
@@ -114,7 +116,7 @@ def figures(results: Results, results_file: Path, readme: Path = README) -> str:
         f"tensors), {machine['cores']} cores of {_article(machine['cpu'])}, "
         f"{machine['memory_bytes'] / 1e9:.0f} GB of memory, {machine['file_system']}, "
         f"torch {machine['torch']}; medians of {results['repeats']}, of pysnap's own saves of "
-        f"{' or '.join(map(str, own))}. All repetitions are in "
+        f"{' or '.join(map(str, own))}{restores}. All repetitions are in "
         f"[{table}]({table}).",
         "",
         _table(results),
@@ -122,8 +124,8 @@ def figures(results: Results, results_file: Path, readme: Path = README) -> str:
         "The unnamed variant of pysnap is `save()` with default settings, which copies everything "
         "at once; `overlap` is what a snapshot costs that is due at the end of a step; "
         f"`bounded` has {results['bound'] / 2**20:.0f} MiB of staging memory. Lost: seconds of "
-        "training that one save costs in all, blocked time included. pysnap's restore checks "
-        "every byte; the others check nothing.",
+        f"training that one save costs in all, blocked time included{_limit(results)}. pysnap's "
+        "restore checks every byte; the others check nothing.",
         *_coding(results),
     ]
     if results["note"]:
@@ -200,6 +202,17 @@ def _table(results: Results) -> str:
         cells = [_cell(values_of(results, subject), number) for _, values_of, number in columns]
         lines.append(f"| {subject} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _limit(results: Results) -> str:
+    """What copying and writing cost training; nothing where that was not measured."""
+    lost = [lost_by(results, loop, peers.LIMIT) for loop in training.LOOPS]
+    if not all(lost):
+        return ""
+    costs = " and ".join(_cell(values, _seconds) for values in lost)
+    return (
+        f"; a memcpy of the state and a direct write of its bytes, with nothing else, cost {costs}"
+    )
 
 
 def _coding(results: Results) -> list[str]:

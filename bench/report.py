@@ -321,7 +321,18 @@ def summary(results: Results) -> Results:
         }
         for kind, result in coding_kinds(results).items()
     }
-    return {"saves": saves, "training": trained, "restores": restored, "coders": coded}
+    limits = {
+        loop: {"lost_seconds": spread(lost)}
+        for loop in training.LOOPS
+        if (lost := lost_by(results, loop, peers.LIMIT))
+    }
+    return {
+        "saves": saves,
+        "training": trained,
+        "limits": limits,
+        "restores": restored,
+        "coders": coded,
+    }
 
 
 def show(results: Results, console: Console) -> None:
@@ -409,7 +420,7 @@ def _training(results: Results, loop: str) -> Table | None:
     def longest(result: Results) -> str:
         return Spread.of(row["longest_step_seconds"] for row in result["with"]).show(_milliseconds)
 
-    return _table_of_subjects(
+    table = _table_of_subjects(
         f"A {loop} loop, one save in each segment of about {results['segment_seconds']} s",
         {
             subject: result | {"lost": lost_by(results, loop, subject)}
@@ -426,6 +437,10 @@ def _training(results: Results, loop: str) -> Table | None:
             ),
         },
     )
+    if limit := lost_by(results, loop, peers.LIMIT):
+        lost = Spread.of(limit).show(_two).replace("\n", " s, ")
+        table.caption = f"lost by {peers.LIMIT} alone: {lost} s"
+    return table
 
 
 def _restores(results: Results) -> Table | None:

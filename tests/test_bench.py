@@ -32,6 +32,7 @@ import readme
 import report
 import scaling
 import torch
+import training
 from floors import Buffer, WriteFloor, write_and_sync
 from growth import beside_linear, exponent
 from payloads import Payload
@@ -80,7 +81,9 @@ def test_readme_follows_the_results(results: dict[str, Any]) -> None:
     results["skipped"] = {"orbax": "it is not installed"}
     part = readme.figures(results, readme.RESULTS)
     assert "| pysnap | 7.12 s |" in part
-    assert f"medians of {results['repeats']}, of pysnap's own saves of 1 or 3." in part
+    assert f"medians of {results['repeats']}, of pysnap's own saves of 1 or 3, of " in part
+    restores = len(results["restores"]["times"][peers.PYSNAP]["warm"])
+    assert f", of restores of {restores}. All" in part
     assert "The disk was slow." in part
     assert f"Not installed where this was measured: {peers.ORBAX}." in part
 
@@ -93,6 +96,20 @@ def test_a_figure_that_was_not_measured_is_a_dash(results: dict[str, Any]) -> No
         if line.startswith(f"| {peers.TORCH_SAVE} |")
     )
     assert " - |" in row
+
+
+def test_readme_says_what_copying_and_writing_alone_cost_training(results: dict[str, Any]) -> None:
+    results["lost"] = {}
+    assert ", blocked time included. pysnap's restore" in readme.figures(results, readme.RESULTS)
+    for loop, seconds in zip(training.LOOPS, (1.25, 1.0625), strict=True):
+        segments = {"without": [{"seconds": 1.0}] * 2, "with": [{"seconds": seconds}]}
+        results["lost"][loop] = {peers.LIMIT: segments | {"foreign_cpu": 0.0}}
+    said = "a direct write of its bytes, with nothing else, cost 0.25 s and 0.062 s. pysnap's"
+    assert said in readme.figures(results, readme.RESULTS)
+    console = Console(record=True, width=200)
+    report.show(results, console)
+    assert f"lost by {peers.LIMIT} alone: 0.25 s" in console.export_text()
+    assert report.summary(results)["limits"][training.COMPUTE]["lost_seconds"]["median"] == 0.25
 
 
 def test_readme_shows_coders_where_they_were_measured(results: dict[str, Any]) -> None:
@@ -163,7 +180,7 @@ PLAN = bench_snapshot.Plan(
 
 def test_what_is_left_out_is_not_measured() -> None:
     subjects = {job.subject for job in bench_snapshot.measurements(PLAN)} - {""}
-    assert subjects == {*peers.OURS, peers.DCP}
+    assert subjects == {*peers.OURS, peers.DCP, peers.LIMIT}
 
 
 def test_every_kind_of_measurement_is_planned_with_the_arguments_that_it_takes() -> None:
@@ -179,6 +196,12 @@ def test_saves_with_bars_of_time_are_taken_in_several_processes() -> None:
     planned = [job.subject for job in bench_snapshot.measurements(PLAN) if job.kind == "saves"]
     for subject in (*peers.OURS, peers.DCP):
         assert planned.count(subject) == (PLAN.processes if subject in report.TIMED else 1)
+
+
+def test_what_has_bars_and_is_compared_in_turn_is_repeated_more_often() -> None:
+    planned = {job.kind: job.arguments for job in bench_snapshot.measurements(PLAN)}
+    for kind in ("codecs", "restores"):
+        assert planned[kind]["repeats"] == bench_snapshot.PAIR_REPEATS * PLAN.repeats
 
 
 def test_the_saves_of_all_processes_are_judged_together(
@@ -208,7 +231,7 @@ def test_an_unknown_peer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_subject_has_a_name_of_its_own() -> None:
-    names = [*peers.OURS, *(peer.name for peer in peers.PEERS.values())]
+    names = [*peers.OURS, peers.LIMIT, *(peer.name for peer in peers.PEERS.values())]
     assert len(set(names)) == len(names)
 
 
@@ -236,6 +259,20 @@ def test_what_a_peer_saved_is_durable_and_whole(name: str, tmp_path: Path) -> No
     files = [path for path in (first, *first.rglob("*")) if path.is_file()]
     weights = model.weight.detach().numpy().tobytes()
     assert any(weights in path.read_bytes() for path in files)
+
+
+def test_the_limit_of_saving_writes_what_the_state_was(tmp_path: Path) -> None:
+    model = torch.nn.Linear(100, 100)
+    weights, bias = (part.detach().numpy().tobytes() for part in (model.weight, model.bias))
+    saver = peers.open_saver(peers.LIMIT, {"model": model}, tmp_path, None)
+    pending = saver.save()
+    with torch.no_grad():
+        model.weight.zero_()
+    written = pending.wait().read_bytes()
+    assert pending.done()
+    saver.close()
+    assert written.startswith(weights)
+    assert bias in written
 
 
 # Medians and bars

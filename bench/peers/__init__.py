@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .dcp import Dcp, DcpAsyncStager, DcpKeptStager, DcpProcess, DcpTorchtitan
 from .libraries import Lightning, Orbax, TorchCheckpointing, TorchSnapshot
+from .limit import Limit
 from .ours import Pysnap
 from .plain_files import Safetensors, TorchSave
 from .saver import Parts, Pending, Saver
@@ -31,6 +32,9 @@ PYSNAP_FAST = "pysnap, codec fast"
 PYSNAP_RAW = "pysnap, codec none"
 PYSNAP_BOUNDED = "pysnap, bounded"
 OURS = (PYSNAP, PYSNAP_OVERLAP, PYSNAP_FAST, PYSNAP_RAW, PYSNAP_BOUNDED)
+
+LIMIT = "memcpy and write"
+"""The floors in the place of a way to save."""
 
 TORCH_SAVE = "torch.save"
 SAFETENSORS = "safetensors"
@@ -98,5 +102,5 @@ def open_saver(subject: str, parts: Parts, directory: Path, host_memory: int | N
             codec=codecs.get(subject, "auto"),
             overlap=subject == PYSNAP_OVERLAP,
         )
-    makers = {peer.name: peer.make for peer in PEERS.values()}
+    makers = {LIMIT: Limit} | {peer.name: peer.make for peer in PEERS.values()}
     return makers[subject](parts, directory)
