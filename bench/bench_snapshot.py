@@ -43,7 +43,7 @@ PAIR_REPEATS = 3
 """The same for what is compared in turn in one process and has a bar: codecs, restores."""
 TRAINED_WITH = (peers.PYSNAP, peers.PYSNAP_OVERLAP)
 LOST_SEGMENT_SECONDS = 2.0
-"""Outlasts a save of pysnap fourfold; a longer segment adds nothing but its own noise."""
+"""Outlasts a save of pysnap; a longer segment adds nothing but its own noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def measurements(plan: Plan) -> list[Job]:
         *(
             beside("lost", loop, name, plan.lost_pairs, LOST_SEGMENT_SECONDS)
             for loop in training.LOOPS
-            for name in (*TRAINED_WITH, peers.LIMIT)
+            for name in (*TRAINED_WITH, peers.FLOOR)
         ),
         Job("restores", "", pairs),
     ]

@@ -86,8 +86,8 @@ def _draw_training(results: Results, path: Path) -> None:
             f"{loop} loop: lost by a save, s",
             {subject: lost_by(results, loop, subject) for subject in subjects},
         )
-        if limit := lost_by(results, loop, peers.LIMIT):
-            _floors(lost, peers.LIMIT, [limit] * len(subjects))
+        if floor := lost_by(results, loop, peers.FLOOR):
+            _floors(lost, peers.FLOOR, [floor] * len(subjects))
         _bars(
             speed,
             f"{loop} loop: speed with saves, % of without",

@@ -124,7 +124,7 @@ def figures(results: Results, results_file: Path, readme: Path = README) -> str:
         "The unnamed variant of pysnap is `save()` with default settings, which copies everything "
         "at once; `overlap` is what a snapshot costs that is due at the end of a step; "
         f"`bounded` has {results['bound'] / 2**20:.0f} MiB of staging memory. Lost: seconds of "
-        f"training that one save costs in all, blocked time included{_limit(results)}. pysnap's "
+        f"training that one save costs in all, blocked time included{_floor(results)}. pysnap's "
         "restore checks every byte; the others check nothing.",
         *_coding(results),
     ]
@@ -204,9 +204,9 @@ def _table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _limit(results: Results) -> str:
+def _floor(results: Results) -> str:
     """What copying and writing cost training; nothing where that was not measured."""
-    lost = [lost_by(results, loop, peers.LIMIT) for loop in training.LOOPS]
+    lost = [lost_by(results, loop, peers.FLOOR) for loop in training.LOOPS]
     if not all(lost):
         return ""
     costs = " and ".join(_cell(values, _seconds) for values in lost)

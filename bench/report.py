@@ -321,15 +321,15 @@ def summary(results: Results) -> Results:
         }
         for kind, result in coding_kinds(results).items()
     }
-    limits = {
+    floors = {
         loop: {"lost_seconds": spread(lost)}
         for loop in training.LOOPS
-        if (lost := lost_by(results, loop, peers.LIMIT))
+        if (lost := lost_by(results, loop, peers.FLOOR))
     }
     return {
         "saves": saves,
         "training": trained,
-        "limits": limits,
+        "floors": floors,
         "restores": restored,
         "coders": coded,
     }
@@ -437,9 +437,9 @@ def _training(results: Results, loop: str) -> Table | None:
             ),
         },
     )
-    if limit := lost_by(results, loop, peers.LIMIT):
-        lost = Spread.of(limit).show(_two).replace("\n", " s, ")
-        table.caption = f"lost by {peers.LIMIT} alone: {lost} s"
+    if floor := lost_by(results, loop, peers.FLOOR):
+        lost = Spread.of(floor).show(_two).replace("\n", " s, ")
+        table.caption = f"lost by {peers.FLOOR} alone: {lost} s"
     return table
 
 

@@ -103,13 +103,13 @@ def test_readme_says_what_copying_and_writing_alone_cost_training(results: dict[
     assert ", blocked time included. pysnap's restore" in readme.figures(results, readme.RESULTS)
     for loop, seconds in zip(training.LOOPS, (1.25, 1.0625), strict=True):
         segments = {"without": [{"seconds": 1.0}] * 2, "with": [{"seconds": seconds}]}
-        results["lost"][loop] = {peers.LIMIT: segments | {"foreign_cpu": 0.0}}
+        results["lost"][loop] = {peers.FLOOR: segments | {"foreign_cpu": 0.0}}
     said = "a direct write of its bytes, with nothing else, cost 0.25 s and 0.062 s. pysnap's"
     assert said in readme.figures(results, readme.RESULTS)
     console = Console(record=True, width=200)
     report.show(results, console)
-    assert f"lost by {peers.LIMIT} alone: 0.25 s" in console.export_text()
-    assert report.summary(results)["limits"][training.COMPUTE]["lost_seconds"]["median"] == 0.25
+    assert f"lost by {peers.FLOOR} alone: 0.25 s" in console.export_text()
+    assert report.summary(results)["floors"][training.COMPUTE]["lost_seconds"]["median"] == 0.25
 
 
 def test_readme_shows_coders_where_they_were_measured(results: dict[str, Any]) -> None:
@@ -180,7 +180,7 @@ PLAN = bench_snapshot.Plan(
 
 def test_what_is_left_out_is_not_measured() -> None:
     subjects = {job.subject for job in bench_snapshot.measurements(PLAN)} - {""}
-    assert subjects == {*peers.OURS, peers.DCP, peers.LIMIT}
+    assert subjects == {*peers.OURS, peers.DCP, peers.FLOOR}
 
 
 def test_every_kind_of_measurement_is_planned_with_the_arguments_that_it_takes() -> None:
@@ -231,7 +231,7 @@ def test_an_unknown_peer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_subject_has_a_name_of_its_own() -> None:
-    names = [*peers.OURS, peers.LIMIT, *(peer.name for peer in peers.PEERS.values())]
+    names = [*peers.OURS, peers.FLOOR, *(peer.name for peer in peers.PEERS.values())]
     assert len(set(names)) == len(names)
 
 
@@ -261,10 +261,10 @@ def test_what_a_peer_saved_is_durable_and_whole(name: str, tmp_path: Path) -> No
     assert any(weights in path.read_bytes() for path in files)
 
 
-def test_the_limit_of_saving_writes_what_the_state_was(tmp_path: Path) -> None:
+def test_the_floor_of_saving_writes_what_the_state_was(tmp_path: Path) -> None:
     model = torch.nn.Linear(100, 100)
     weights, bias = (part.detach().numpy().tobytes() for part in (model.weight, model.bias))
-    saver = peers.open_saver(peers.LIMIT, {"model": model}, tmp_path, None)
+    saver = peers.open_saver(peers.FLOOR, {"model": model}, tmp_path, None)
     pending = saver.save()
     with torch.no_grad():
         model.weight.zero_()

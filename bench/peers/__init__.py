@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .dcp import Dcp, DcpAsyncStager, DcpKeptStager, DcpProcess, DcpTorchtitan
+from .floor import Floor
 from .libraries import Lightning, Orbax, TorchCheckpointing, TorchSnapshot
-from .limit import Limit
 from .ours import Pysnap
 from .plain_files import Safetensors, TorchSave
 from .saver import Parts, Pending, Saver
@@ -33,7 +33,7 @@ PYSNAP_RAW = "pysnap, codec none"
 PYSNAP_BOUNDED = "pysnap, bounded"
 OURS = (PYSNAP, PYSNAP_OVERLAP, PYSNAP_FAST, PYSNAP_RAW, PYSNAP_BOUNDED)
 
-LIMIT = "memcpy and write"
+FLOOR = "memcpy and write"
 """The floors in the place of a way to save."""
 
 TORCH_SAVE = "torch.save"
@@ -102,5 +102,5 @@ def open_saver(subject: str, parts: Parts, directory: Path, host_memory: int | N
             codec=codecs.get(subject, "auto"),
             overlap=subject == PYSNAP_OVERLAP,
         )
-    makers = {LIMIT: Limit} | {peer.name: peer.make for peer in PEERS.values()}
+    makers = {FLOOR: Floor} | {peer.name: peer.make for peer in PEERS.values()}
     return makers[subject](parts, directory)

@@ -11,7 +11,7 @@ from .plain_files import flat_tensors
 from .saver import Parts, Peer, Pending, Written
 
 
-class Limit(Peer):
+class Floor(Peer):
     """`memmove` of the state in as many threads as there are cores, then the write of the bytes by
     a thread, as the floors do it: no digest, no names, nothing that could be read back."""
 
