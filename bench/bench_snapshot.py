@@ -29,7 +29,7 @@ from rich.console import Console
 from pysnap.config import parse_size
 
 HERE = Path(__file__).parent
-SCHEMA = 2
+SCHEMA = 3
 BYTES_PER_PARAMETER = 12
 FULL_PARAMETERS = 125_000_000
 QUICK_PARAMETERS = FULL_PARAMETERS // 16
@@ -42,8 +42,8 @@ CODER_REPEATS = 6
 PAIR_REPEATS = 3
 """The same for what is compared in turn in one process and has a bar: codecs, restores."""
 TRAINED_WITH = (peers.PYSNAP, peers.PYSNAP_OVERLAP)
-LOST_SEGMENT_SECONDS = 2.0
-"""Outlasts a save of pysnap; a longer segment adds nothing but its own noise."""
+LOST = (*TRAINED_WITH, peers.FLOOR)
+"""Whose cost to training is compared in turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ class Plan:
     parameters: int
     repeats: int
     processes: int
-    pairs: int
+    rounds: int
     segment_seconds: float
-    lost_pairs: int
+    lost_rounds: int
     trained_steps: int
     peers: tuple[str, ...]
 
@@ -92,32 +92,24 @@ def measurements(plan: Plan) -> list[Job]:
         bound = plan.bound if subject == peers.PYSNAP_BOUNDED else None
         return Job("saves", subject, again | {"subject": subject, "host_memory": bound})
 
-    def beside(kind: str, loop: str, subject: str, pairs: int, seconds: float) -> Job:
-        arguments = {
-            "subject": subject,
-            "loop": loop,
-            "parameters": plan.parameters,
-            "pairs": pairs,
-            "seconds": seconds,
-            "host_memory": None,
-        }
-        return Job(kind, subject, arguments)
+    def trained(loop: str, subject: str) -> Job:
+        rounds = {"rounds": plan.rounds, "seconds": plan.segment_seconds}
+        arguments = {"subjects": [subject], "loop": loop, "parameters": plan.parameters}
+        return Job("training", subject, arguments | rounds)
+
+    def lost(loop: str) -> Job:
+        # As short as a save allows: the noise of a segment grows with its length.
+        rounds = {"rounds": plan.lost_rounds, "seconds": None}
+        arguments = {"subjects": list(LOST), "loop": loop, "parameters": plan.parameters}
+        return Job("lost", "", arguments | rounds)
 
     return [
         *(saves(subject) for subject in (*peers.OURS, *others)),
         *(saves(subject) for _ in range(plan.processes - 1) for subject in report.TIMED),
         Job("codecs", "", pairs),
         Job("coders", "", {"steps": plan.trained_steps, "repeats": CODER_REPEATS * plan.repeats}),
-        *(
-            beside("training", loop, name, plan.pairs, plan.segment_seconds)
-            for loop in training.LOOPS
-            for name in (*TRAINED_WITH, *others)
-        ),
-        *(
-            beside("lost", loop, name, plan.lost_pairs, LOST_SEGMENT_SECONDS)
-            for loop in training.LOOPS
-            for name in (*TRAINED_WITH, peers.FLOOR)
-        ),
+        *(trained(loop, name) for loop in training.LOOPS for name in (*TRAINED_WITH, *others)),
+        *(lost(loop) for loop in training.LOOPS),
         Job("restores", "", pairs),
     ]
 
@@ -127,7 +119,7 @@ def run(plan: Plan, directory: Path, console: Console) -> tuple[dict[str, Any], 
     results: dict[str, Any] = {
         "saves": {},
         "training": {loop: {} for loop in training.LOOPS},
-        "lost": {loop: {} for loop in training.LOOPS},
+        "lost": {},
         "codecs": None,
         "coders": None,
         "restores": None,
@@ -142,8 +134,10 @@ def run(plan: Plan, directory: Path, console: Console) -> tuple[dict[str, Any], 
 
 
 def _add(results: dict[str, Any], job: Job, result: dict[str, Any]) -> None:
-    if job.kind in ("training", "lost"):
-        results[job.kind][job.arguments["loop"]][job.subject] = result
+    if job.kind == "training":
+        results["training"][job.arguments["loop"]][job.subject] = result
+    elif job.kind == "lost":
+        results["lost"][job.arguments["loop"]] = result
     elif job.kind == "saves":
         results["state"] = result.pop("state")
         known = results["saves"].setdefault(job.subject, result)
@@ -239,9 +233,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parameters=options.size or (QUICK_PARAMETERS if quick else FULL_PARAMETERS),
         repeats=max(1, options.repeats or (3 if quick else 5)),
         processes=1 if quick else 5,
-        pairs=2 if quick else 3,
+        rounds=2 if quick else 3,
         segment_seconds=1.5 if quick else 5.0,
-        lost_pairs=2 if quick else 25,
+        lost_rounds=2 if quick else 40,
         trained_steps=QUICK_TRAINED_STEPS if quick else TRAINED_STEPS,
         peers=chosen,
     )

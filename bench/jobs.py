@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 _CHILD = Path(__file__).parent / "child.py"
-_LIMIT_SECONDS = 900.0
+_LIMIT_SECONDS = 1800.0
 _ERROR_LINES = 15
 
 

@@ -118,17 +118,24 @@ def speed_ratios(result: Results) -> list[float]:
 
 
 def lost_seconds(result: Results) -> list[float]:
-    """Seconds of training that one save costs."""
+    """Seconds of training that each save costs."""
     return [row["seconds"] - before for row, before in _segments(result)]
 
 
 def lost_by(results: Results, loop: str, subject: str) -> list[float]:
-    """`lost_seconds` of a subject; of the shorter and more segments where it ran them."""
-    for kind in ("lost", "training"):
-        result = results.get(kind, {}).get(loop, {}).get(subject)
-        if result:
-            return lost_seconds(result)
+    """Those of a subject; of the shorter and more segments where it ran them."""
+    for result in (
+        results.get("lost", {}).get(loop),
+        results["training"].get(loop, {}).get(subject),
+    ):
+        if result and (lost := _lost_in(result, subject)):
+            return lost
     return []
+
+
+def _lost_in(result: Results, subject: str) -> list[float]:
+    rows = zip(result["with"], lost_seconds(result), strict=True)
+    return [lost for row, lost in rows if row["subject"] == subject]
 
 
 def _segments(result: Results) -> list[tuple[Results, float]]:
@@ -496,14 +503,10 @@ def _restore_times(results: Results) -> Results:
 
 
 def _foreign(results: Results) -> list[float]:
-    trained = [
-        result
-        for kind in ("training", "lost")
-        for loop in results.get(kind, {}).values()
-        for result in loop.values()
-    ]
+    trained = [result for loop in results["training"].values() for result in loop.values()]
+    lost = results.get("lost", {}).values()
     once = [results[kind] for kind in ("codecs", "coders", "restores") if results.get(kind)]
-    measured = [*results["saves"].values(), *trained, *once]
+    measured = [*results["saves"].values(), *trained, *lost, *once]
     return [result["foreign_cpu"] for result in measured]
 
 

@@ -21,6 +21,7 @@ _CONTEXT = 128
 _BATCH = 8
 _WARM_STEPS = 5
 _PYTHON_ROUNDS = 50_000
+_OUTLASTING = 1.5
 
 COMPUTE = "compute-bound"
 PYTHON = "GIL-bound"
@@ -115,17 +116,17 @@ def _run(loop: _Loop, steps: int, gate: Gate | None = None) -> float:
 
 def measure(
     *,
-    subject: str,
+    subjects: list[str],
     loop: str,
     parameters: int,
-    pairs: int,
-    seconds: float,
-    host_memory: int | None,
+    rounds: int,
+    seconds: float | None,
     directory: str,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Segments of as many steps of one of LOOPS as take about `seconds`, in turn without and with
-    a save.
+    a save: in each round one save by each of the subjects, of which another one begins each time.
+    None: half as long again as the slowest of them takes to be durable.
 
     The state of `parameters` parameters is saved together with what is trained. torch has one
     thread, as a data-parallel process of a machine with few cores has.
@@ -135,15 +136,21 @@ def measure(
     torch.set_num_threads(1)
     training = _LOOPS[loop]()
     parts = state.parts() | training.parts()
+    savers = {}
+    for subject in subjects:
+        folder = Path(directory) / subject
+        folder.mkdir()
+        # Enough for all of the state, however little memory is left for the last.
+        savers[subject] = peers.open_saver(subject, parts, folder, 2 * state.nbytes)
+        savers[subject].wait_ready()
+        remove(savers[subject].save().wait())
+    if seconds is None:
+        seconds = _OUTLASTING * max(_durable_seconds(saver) for saver in savers.values())
 
     _run(training, _WARM_STEPS)
     start = time.perf_counter()
     _run(training, _WARM_STEPS)
     steps = max(_WARM_STEPS, round(seconds * _WARM_STEPS / (time.perf_counter() - start)))
-
-    saver = peers.open_saver(subject, parts, Path(directory), host_memory)
-    saver.wait_ready()
-    remove(saver.save().wait())
 
     def plain() -> dict[str, float]:
         state.advance()
@@ -152,17 +159,18 @@ def measure(
         longest = _run(training, steps)
         return {"seconds": time.perf_counter() - start, "longest_step_seconds": longest}
 
-    def saving() -> dict[str, float | bool]:
+    def saving(subject: str) -> dict[str, Any]:
         state.advance()
         gc.collect()
         start = time.perf_counter()
-        pending = saver.save()
+        pending = savers[subject].save()
         blocked = time.perf_counter() - start
         longest = _run(training, steps, pending.gate)
         elapsed = time.perf_counter() - start
         inside = pending.done()
         remove(pending.wait())
         return {
+            "subject": subject,
             "seconds": elapsed,
             "blocked_seconds": blocked,
             "longest_step_seconds": longest,
@@ -172,9 +180,20 @@ def measure(
     tell("training without")
     without = [plain()]
     with_saves = []
-    for pair in range(pairs):
-        tell(f"training with saves, {pair + 1} of {pairs}")
-        with_saves.append(saving())
-        without.append(plain())
-    saver.close()
+    for number in range(rounds):
+        tell(f"training with saves, {number + 1} of {rounds}")
+        first = number % len(subjects)
+        for subject in subjects[first:] + subjects[:first]:
+            with_saves.append(saving(subject))
+            without.append(plain())
+    for saver in savers.values():
+        saver.close()
     return {"steps": steps, "without": without, "with": with_saves}
+
+
+def _durable_seconds(saver: peers.Saver) -> float:
+    start = time.perf_counter()
+    path = saver.save().wait()
+    seconds = time.perf_counter() - start
+    remove(path)
+    return seconds

@@ -102,8 +102,10 @@ def test_readme_says_what_copying_and_writing_alone_cost_training(results: dict[
     results["lost"] = {}
     assert ", blocked time included. pysnap's restore" in readme.figures(results, readme.RESULTS)
     for loop, seconds in zip(training.LOOPS, (1.25, 1.0625), strict=True):
-        segments = {"without": [{"seconds": 1.0}] * 2, "with": [{"seconds": seconds}]}
-        results["lost"][loop] = {peers.FLOOR: segments | {"foreign_cpu": 0.0}}
+        saved = {"subject": peers.FLOOR, "seconds": seconds}
+        results["lost"][loop] = {
+            "without": [{"seconds": 1.0}] * 2, "with": [saved], "foreign_cpu": 0.0,
+        }  # fmt: skip
     said = "a direct write of its bytes, with nothing else, cost 0.25 s and 0.062 s. pysnap's"
     assert said in readme.figures(results, readme.RESULTS)
     console = Console(record=True, width=200)
@@ -170,17 +172,20 @@ PLAN = bench_snapshot.Plan(
     parameters=1000,
     repeats=1,
     processes=2,
-    pairs=1,
+    rounds=1,
     segment_seconds=1,
-    lost_pairs=1,
+    lost_rounds=1,
     trained_steps=1,
     peers=("dcp",),
 )
 
 
 def test_what_is_left_out_is_not_measured() -> None:
-    subjects = {job.subject for job in bench_snapshot.measurements(PLAN)} - {""}
-    assert subjects == {*peers.OURS, peers.DCP, peers.FLOOR}
+    planned = bench_snapshot.measurements(PLAN)
+    assert {job.subject for job in planned} - {""} == {*peers.OURS, peers.DCP}
+    assert [job.arguments["subjects"] for job in planned if job.kind == "lost"] == [
+        [peers.PYSNAP, peers.PYSNAP_OVERLAP, peers.FLOOR]
+    ] * len(training.LOOPS)
 
 
 def test_every_kind_of_measurement_is_planned_with_the_arguments_that_it_takes() -> None:
@@ -353,19 +358,39 @@ def test_what_a_save_loses_is_judged_beside_the_segments_around_it() -> None:
     result = {
         "steps": 10,
         "without": [{"seconds": 5.0}, {"seconds": 6.0}, {"seconds": 5.0}],
-        "with": [{"seconds": 5.75}, {"seconds": 5.25}],
+        "with": [
+            {"subject": peers.PYSNAP, "seconds": 5.75},
+            {"subject": peers.PYSNAP, "seconds": 5.25},
+        ],
     }
     assert report.lost_seconds(result) == [0.25, -0.25]
     results = made(training={"GIL-bound": {peers.PYSNAP: result}})
     assert bar_of(results, "pysnap: s of a GIL-bound loop lost by a save").passed
     assert bar_of(results, "pysnap: s of a compute-bound loop lost by a save").passed is None
     worse = copy.deepcopy(results)
-    worse["training"]["GIL-bound"][peers.PYSNAP]["with"] = [{"seconds": 5.7}, {"seconds": 5.7}]
+    for row in worse["training"]["GIL-bound"][peers.PYSNAP]["with"]:
+        row["seconds"] = 5.7
     assert bar_of(worse, "pysnap: s of a GIL-bound loop lost by a save").passed is False
     # Short segments, where they were run, say it alone.
-    worse["lost"] = {"GIL-bound": {peers.PYSNAP: result}, "compute-bound": {}}
+    worse["lost"] = {"GIL-bound": result}
     assert bar_of(worse, "pysnap: s of a GIL-bound loop lost by a save").passed
     assert report.lost_by(worse, "GIL-bound", peers.PYSNAP) == [0.25, -0.25]
+
+
+def test_saves_in_turn_are_told_apart() -> None:
+    result = {
+        "steps": 10,
+        "without": [{"seconds": seconds} for seconds in (5.0, 6.0, 6.0)],
+        "with": [
+            {"subject": peers.PYSNAP, "seconds": 5.75},
+            {"subject": peers.FLOOR, "seconds": 6.5},
+        ],
+    }
+    results = made(lost={training.COMPUTE: result})
+    assert report.lost_by(results, training.COMPUTE, peers.PYSNAP) == [0.25]
+    assert report.lost_by(results, training.COMPUTE, peers.FLOOR) == [0.5]
+    assert report.lost_by(results, training.COMPUTE, peers.PYSNAP_OVERLAP) == []
+    assert report.summary(results)["floors"].keys() == {training.COMPUTE}
 
 
 def test_memory_is_judged_beside_the_state() -> None:
@@ -575,6 +600,20 @@ def test_saves_with_and_without_codec_are_measured_in_pairs(tmp_path: Path) -> N
         assert pair["none"]["bytes"] > result["state_bytes"]
         assert min(pair[name]["durable_seconds"] for name in ("auto", "none")) > 0
     assert "building the state" in told
+
+
+def test_what_saves_cost_training_is_measured_in_turn(tmp_path: Path) -> None:
+    subjects = [peers.PYSNAP_OVERLAP, peers.FLOOR]
+    arguments = {"subjects": subjects, "loop": training.PYTHON, "parameters": 100_000}
+    job = jobs.Job("lost", "", arguments | {"rounds": 2, "seconds": None})
+    result = jobs.run(job, tmp_path, lambda _: None)
+    # Another one begins each time.
+    assert [row["subject"] for row in result["with"]] == subjects + subjects[::-1]
+    assert len(result["without"]) == len(result["with"]) + 1
+    assert result["steps"] >= 5
+    for row in result["with"]:
+        assert 0 < row["blocked_seconds"] < row["seconds"]
+    assert list(tmp_path.rglob("*.raw")) == []
 
 
 def test_coders_are_judged_on_a_trained_model(tmp_path: Path) -> None:
