@@ -90,7 +90,7 @@ def _draw_training(results: Results, path: Path) -> None:
             _floors(lost, peers.FLOOR, [floor] * len(subjects))
         _bars(
             speed,
-            f"{loop} loop: speed with saves, % of without",
+            f"{loop} loop: % of the speed without saves",
             {
                 subject: [100 * ratio for ratio in speed_ratios(result)]
                 for subject, result in subjects.items()
@@ -164,4 +164,4 @@ def _floors(axes: Axes, name: str, seconds: list[list[float]]) -> None:
     for place, values in enumerate(seconds):
         middle = statistics.median(values)
         axes.plot([middle, middle], [place - 0.4, place + 0.4], color=_FLOOR, linewidth=2)
-    axes.set_title(f"red: {name}", fontsize=9, loc="right", color=_FLOOR)
+    axes.set_xlabel(f"red: {name}", fontsize=9, loc="right", color=_FLOOR)

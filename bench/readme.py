@@ -27,6 +27,7 @@ from report import (
     coding_kinds,
     coding_rates,
     lost_by,
+    noise_seconds,
     restore_seconds,
     stored_ratios,
 )
@@ -124,8 +125,8 @@ def figures(results: Results, results_file: Path, readme: Path = README) -> str:
         "The unnamed variant of pysnap is `save()` with default settings, which copies everything "
         "at once; `overlap` is what a snapshot costs that is due at the end of a step; "
         f"`bounded` has {results['bound'] / 2**20:.0f} MiB of staging memory. Lost: seconds of "
-        f"training that one save costs in all, blocked time included{_floor(results)}. pysnap's "
-        "restore checks every byte; the others check nothing.",
+        f"training that one save costs in all, blocked time included{_floor(results)}."
+        f"{_noise(results)} pysnap's restore checks every byte; the others check nothing.",
         *_coding(results),
     ]
     if results["note"]:
@@ -212,6 +213,21 @@ def _floor(results: Results) -> str:
     costs = " and ".join(_cell(values, _seconds) for values in lost)
     return (
         f"; a memcpy of the state and a direct write of its bytes, with nothing else, cost {costs}"
+    )
+
+
+def _noise(results: Results) -> str:
+    """How little the segments of others tell; nothing where they were not measured."""
+    loop = training.COMPUTE
+    others = [name for name in results["training"].get(loop, {}) if name not in peers.OURS]
+    noise = [noise_seconds(results, loop) for loop in training.LOOPS]
+    if not others or not all(noise):
+        return ""
+    ours, theirs = (len(lost_by(results, loop, name)) for name in (peers.PYSNAP, others[0]))
+    differ = " and ".join(_cell(values, _seconds) for values in noise)
+    return (
+        f" pysnap's are medians of {ours} saves, the others' of {theirs} in longer segments, which "
+        f"differ by {differ} without any save."
     )
 
 

@@ -133,6 +133,19 @@ def lost_by(results: Results, loop: str, subject: str) -> list[float]:
     return []
 
 
+def noise_seconds(results: Results, loop: str) -> list[float]:
+    """How much the longer segments differ from the mean of their neighbours where nothing is
+    saved."""
+    found = []
+    for result in results["training"].get(loop, {}).values():
+        plain = [row["seconds"] for row in result["without"]]
+        found += [
+            abs(here - (before + after) / 2)
+            for before, here, after in zip(plain, plain[1:], plain[2:], strict=False)
+        ]
+    return found
+
+
 def _lost_in(result: Results, subject: str) -> list[float]:
     rows = zip(result["with"], lost_seconds(result), strict=True)
     return [lost for row, lost in rows if row["subject"] == subject]
