@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -18,24 +19,12 @@ from programs import Zygote, zygote_running
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # support.py
 
-
-class Trials:
-    """How often each harness tried a promise, and how long that took."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
-
-
-_KEY = pytest.StashKey[Trials]()
+_PROPERTY = "trials"
+"""Of a test's report, which comes from whatever process ran it: harness, trials, seconds."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="all trials, not only the share of CI")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_KEY] = Trials()
 
 
 @pytest.fixture
@@ -65,14 +54,13 @@ def zygote() -> Iterator[Zygote]:
 
 
 class Count:
-    """Counts the trials of one test under the harness's name."""
+    """Counts the trials of one test."""
 
-    def __init__(self, trials: Trials, harness: str) -> None:
-        self._trials = trials
-        self._harness = harness
+    def __init__(self) -> None:
+        self.trials = 0
 
     def __call__(self, trials: int = 1) -> None:
-        self._trials.counts[self._harness] += trials
+        self.trials += trials
 
 
 @pytest.fixture
@@ -80,17 +68,27 @@ def count(request: pytest.FixtureRequest) -> Iterator[Count]:
     """Call it once per trial that kept the promise, or with a number of them."""
     module = request.module
     harness = getattr(module, "HARNESS", module.__name__.removeprefix("test_"))
-    trials = request.config.stash[_KEY]
+    counted = Count()
     start = time.monotonic()
-    yield Count(trials, harness)
-    trials.seconds[harness] += time.monotonic() - start
+    yield counted
+    if counted.trials:
+        figures = (harness, counted.trials, time.monotonic() - start)
+        request.node.user_properties.append((_PROPERTY, figures))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    trials = terminalreporter.config.stash[_KEY]
-    if not trials.counts:
+    trials: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
+    for report in chain.from_iterable(terminalreporter.stats.values()):
+        # All three phases of a test have its properties; the last one has them all.
+        if isinstance(report, pytest.TestReport) and report.when == "teardown":
+            for name, figures in report.user_properties:
+                if name == _PROPERTY:
+                    harness, tried, took = figures
+                    trials[harness] += tried
+                    seconds[harness] += took
+    if not trials:
         return
     terminalreporter.section("trials")
-    for harness, number in sorted(trials.counts.items()):
-        seconds = trials.seconds[harness]
-        terminalreporter.write_line(f"{harness:<32} {number:>9,} trials {seconds:>7.0f} s")
+    for harness, number in sorted(trials.items()):
+        terminalreporter.write_line(f"{harness:<32} {number:>9,} trials {seconds[harness]:>7.0f} s")

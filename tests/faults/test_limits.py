@@ -11,6 +11,7 @@ from textwrap import dedent
 
 import kernel
 import pytest
+from driving import temporary_directory
 from programs import Zygote
 
 HARNESS = "limits"
@@ -169,9 +170,7 @@ def attempt(more, limit):
 """
 
 
-def test_every_number_of_threads(
-    tmp_path: Path, zygote: Zygote, count: Callable[..., None]
-) -> None:
+def test_every_number_of_threads(zygote: Zygote, count: Callable[..., None]) -> None:
     """For a user that is not root, whom no cgroup is needed for."""
     if os.getuid() != 0:
         pytest.skip("needs root, to become a user who has no other threads")
@@ -186,10 +185,10 @@ def test_every_number_of_threads(
         attempt(more, limit)
     print(*outcomes)
     """
-    tmp_path.chmod(0o777)
-    for parent in list(tmp_path.parents)[:2]:
-        parent.chmod(0o755)
-    done = zygote.run(tmp_path, TRIALS + THREADS + dedent(code))
+    # Not tmp_path, which lies in a folder that is root's alone.
+    with temporary_directory() as folder:
+        folder.chmod(0o777)
+        done = zygote.run(folder, TRIALS + THREADS + dedent(code))
     assert done.status == 0, done.err
     assert outcomes(done.out) == {"refused", "made"}, done.out
     count(12)
