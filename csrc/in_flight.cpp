@@ -54,6 +54,7 @@ void abandon(InFlight flight) {
   static auto* const abandoned = new std::list<InFlight>;
   const std::lock_guard<std::mutex> lock(mutex);
   abandoned->push_back(std::move(flight));
+  abandoned->back().slot.lose();
 }
 
 }  // namespace pysnap

@@ -373,11 +373,11 @@ class Uploads {
   std::list<InFlight> in_flight_;
 };
 
-// `given`, or other staging memory where that has not as many slots of this size.
+// `given`, or other staging memory where that has not as many slots of this size, or no longer.
 std::shared_ptr<Staging> suitable(const std::shared_ptr<Staging>& given, std::size_t slot_size,
                                   std::size_t slots) {
   if (given != nullptr && given->slots().slot_size() >= slot_size &&
-      given->slots().max_slots() >= slots)
+      given->slots().usable_slots() >= slots)
     return given;
   return std::make_shared<Staging>(slot_size, slots);
 }

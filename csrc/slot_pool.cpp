@@ -61,6 +61,12 @@ Slot::~Slot() {
   if (pool_ != nullptr) pool_->release(data_);
 }
 
+void Slot::lose() {
+  if (pool_ == nullptr) return;
+  const std::lock_guard<std::mutex> lock(pool_->mutex_);
+  ++pool_->lost_;
+}
+
 void SlotPool::Unmap::operator()(std::uint8_t* memory) const {
   if (pinned_by != nullptr) pinned_by->unpin(memory);
   ::munmap(memory, size);
@@ -85,6 +91,11 @@ void SlotPool::stop() {
   }
   changed_.notify_all();
   if (grower_.joinable()) grower_.join();
+}
+
+std::size_t SlotPool::usable_slots() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return max_slots_ - lost_;
 }
 
 void SlotPool::reserve(std::size_t slots) {

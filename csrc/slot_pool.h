@@ -33,6 +33,8 @@ class Slot {
   ~Slot();
 
   std::uint8_t* data() const { return data_; }
+  // Tells the pool that this one, which must live on, never comes back.
+  void lose();
 
  private:
   std::shared_ptr<SlotPool> pool_;
@@ -51,6 +53,8 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
 
   std::size_t slot_size() const { return slot_size_; }
   std::size_t max_slots() const { return max_slots_; }
+  // max_slots() without those that were lost.
+  std::size_t usable_slots();
 
   // Asks for `slots` to be ready (at most max_slots). Does not wait.
   void reserve(std::size_t slots);
@@ -112,6 +116,7 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   std::vector<std::uint8_t*> free_;
   std::size_t wanted_ = 0;  // slots asked for so far
   std::size_t ready_ = 0;   // slots mapped and touched, free or in use
+  std::size_t lost_ = 0;    // of these, never free again
   bool exhausted_ = false;  // the system gave no more when it was asked last
   bool stopping_ = false;
 };

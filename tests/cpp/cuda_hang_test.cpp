@@ -13,7 +13,9 @@
 #include "cuda_fixture.h"
 #include "digest.h"
 #include "engine.h"
+#include "pack.h"
 #include "restore.h"
+#include "staging.h"
 
 namespace {
 
@@ -24,7 +26,38 @@ using pysnap::EngineOptions;
 using pysnap::Job;
 
 constexpr std::size_t kChunk = 16 * 1024;
+constexpr std::size_t kChunks = 2;
 constexpr std::chrono::milliseconds kTimeout{50};
+
+// As many chunks of a device as one thread of a restore takes slots.
+class Snapshot {
+ public:
+  Snapshot() : state_(std::vector<std::size_t>(kChunks, kChunk), {0}) {
+    pysnap::PackWriter writer(directory_ / "0.pack", 0, false);
+    const pysnap::Buffer buffer = pysnap::make_buffer(kChunk);
+    std::fill_n(buffer.get(), kChunk, 1);
+    for (std::size_t i = 0; i < kChunks; ++i) {
+      chunks_.push_back({0, kChunk, kChunk, pysnap::Element::kU8, pysnap::Encoding::kRaw,
+                         writer.append(buffer.get(), kChunk),
+                         pysnap::xxh3_128(buffer.get(), kChunk)});
+    }
+    size_ = writer.finish();
+  }
+
+  // False if that poll interrupted it.
+  bool restore_for(int polls, const std::shared_ptr<pysnap::Staging>& staging) const {
+    int polled = 0;
+    return pysnap::restore(
+        {{directory_ / "0.pack", size_}}, chunks_, state_.targets(), 1, nullptr, state_.streams(),
+        staging, [&] { return ++polled == polls; }, kTimeout);
+  }
+
+ private:
+  const fixture::TemporaryDirectory directory_;
+  const DeviceState state_;
+  std::vector<pysnap::StoredChunk> chunks_;
+  std::uint64_t size_ = 0;
+};
 
 // The device comes back to life at last: were the memory gone, its copies would fault.
 class HangingDevice {
@@ -60,19 +93,20 @@ TEST(close_does_not_wait_for_ever) {
 }
 
 TEST(restore_does_not_wait_for_ever) {
-  const fixture::TemporaryDirectory directory;
-  const DeviceState state({kChunk}, {0});
-  pysnap::PackWriter writer(directory / "0.pack", 0, false);
-  const pysnap::Buffer buffer = pysnap::make_buffer(kChunk);
-  std::fill_n(buffer.get(), kChunk, 1);
-  const std::uint64_t offset = writer.append(buffer.get(), kChunk);
-  const std::uint64_t size = writer.finish();
+  const Snapshot snapshot;
   const HangingDevice device;
-  int polls = 0;
-  CHECK(!pysnap::restore(
-      {{directory / "0.pack", size}},
-      {{0, kChunk, kChunk, pysnap::Element::kU8, pysnap::Encoding::kRaw, offset,
-        pysnap::xxh3_128(buffer.get(), kChunk)}},
-      state.targets(), 1, nullptr, state.streams(), nullptr, [&] { return ++polls == 3; },
-      kTimeout));
+  CHECK(!snapshot.restore_for(3, nullptr));
+}
+
+TEST(a_restore_after_one_that_hung_does_not_wait_for_the_slots_that_it_lost) {
+  const Snapshot snapshot;
+  const auto staging = std::make_shared<pysnap::Staging>(kChunk, kChunks);
+  staging->slots().reserve(kChunks);
+  staging->slots().wait_reserved();
+  {
+    const HangingDevice device;
+    CHECK(!snapshot.restore_for(3, staging));
+  }
+  CHECK_EQ(staging->slots().usable_slots(), 0);
+  CHECK(snapshot.restore_for(100, staging));
 }

@@ -104,6 +104,16 @@ TEST(no_more_slots_than_the_bound) {
   CHECK(pool->try_acquire().has_value());
 }
 
+TEST(what_is_lost_is_not_usable) {
+  const std::shared_ptr<SlotPool> pool = SlotPool::create(kSlotSize, 5);
+  std::vector<Slot> slots = acquire_all(*pool);
+  CHECK_EQ(pool->usable_slots(), 5);
+  slots[1].lose();
+  slots[3].lose();
+  CHECK_EQ(pool->usable_slots(), 3);
+  CHECK_EQ(pool->max_slots(), 5);
+}
+
 TEST(memory_is_touched_ahead_of_need_by_any_number_of_threads) {
   for (const unsigned touchers : {1U, 2U, 3U, 40U}) {
     const std::shared_ptr<SlotPool> pool = SlotPool::create(kSlotSize, 500, touchers);
