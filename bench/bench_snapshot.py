@@ -39,7 +39,7 @@ TRAINED_STEPS = 200
 QUICK_TRAINED_STEPS = 20
 CODER_REPEATS = 6
 """Of each of the plan's: one takes about a second."""
-PAIR_REPEATS = 3
+PAIR_REPEATS = 5
 """The same for what is compared in turn in one process and has a bar: codecs, restores."""
 TRAINED_WITH = (peers.PYSNAP, peers.PYSNAP_OVERLAP)
 LOST = (*TRAINED_WITH, peers.FLOOR)
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes=1 if quick else 5,
         rounds=2 if quick else 3,
         segment_seconds=1.5 if quick else 5.0,
-        lost_rounds=2 if quick else 40,
+        lost_rounds=2 if quick else 60,
         trained_steps=QUICK_TRAINED_STEPS if quick else TRAINED_STEPS,
         peers=chosen,
     )

@@ -76,22 +76,26 @@ def measure(
         load_safetensors()
         torch.set_num_threads(threads)
 
-    # Where cores are not free, torch's threads wait for each other longer than they help.
+    def ours(subject: str) -> tuple[Path, Callable[[], object]]:
+        return folder / CODECS[subject], snapshotters[subject].resume
+
+    # What is compared stands side by side. Where cores are not free, torch's threads wait for each
+    # other longer than they help.
     restores: dict[str, tuple[Path, Callable[[], object]]] = {
+        peers.PYSNAP: ours(peers.PYSNAP),
         SAFETENSORS: (file, load_safetensors),
         SAFETENSORS_ONE_THREAD: (file, load_safetensors_in_one_thread),
+        peers.PYSNAP_RAW: ours(peers.PYSNAP_RAW),
+        peers.PYSNAP_FAST: ours(peers.PYSNAP_FAST),
         TORCH_LOAD: (pickled, lambda: copy_from(torch.load(pickled, mmap=True))),
         DCP_LOAD: (parts, lambda: load(live, checkpoint_id=parts, no_dist=True)),
-        **{
-            subject: (folder / CODECS[subject], snapshotter.resume)
-            for subject, snapshotter in snapshotters.items()
-        },
     }
     seconds: dict[str, list[float]] = {name: [] for name in restores}
     extra: dict[str, list[int]] = {name: [] for name in restores}
     for repetition in range(1 + repeats):
         tell(f"restore {repetition} of {repeats}" if repetition else "first restore")
-        for name, (place, restore) in restores.items():
+        for name in reversed(restores) if repetition % 2 else restores:
+            place, restore = restores[name]
             for tensor in live.values():
                 tensor.zero_()
             _read(place)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,8 @@ _CONTEXT = 128
 _BATCH = 8
 _WARM_STEPS = 5
 _PYTHON_ROUNDS = 50_000
-_OUTLASTING = 1.5
+_OUTLASTING = 1.3
+_TRIES = 3
 
 COMPUTE = "compute-bound"
 PYTHON = "GIL-bound"
@@ -126,7 +129,7 @@ def measure(
 ) -> dict[str, Any]:
     """Segments of as many steps of one of LOOPS as take about `seconds`, in turn without and with
     a save: in each round one save by each of the subjects, of which another one begins each time.
-    None: half as long again as the slowest of them takes to be durable.
+    None: as many as outlast the slowest of them, and few more.
 
     The state of `parameters` parameters is saved together with what is trained. torch has one
     thread, as a data-parallel process of a machine with few cores has.
@@ -144,13 +147,16 @@ def measure(
         savers[subject] = peers.open_saver(subject, parts, folder, 2 * state.nbytes)
         savers[subject].wait_ready()
         remove(savers[subject].save().wait())
-    if seconds is None:
-        seconds = _OUTLASTING * max(_durable_seconds(saver) for saver in savers.values())
 
     _run(training, _WARM_STEPS)
-    start = time.perf_counter()
-    _run(training, _WARM_STEPS)
-    steps = max(_WARM_STEPS, round(seconds * _WARM_STEPS / (time.perf_counter() - start)))
+    if seconds is None:
+        slowest = max(_steps_until_durable(saver, training) for saver in savers.values())
+        steps = math.ceil(_OUTLASTING * slowest)
+    else:
+        start = time.perf_counter()
+        _run(training, _WARM_STEPS)
+        steps = round(seconds * _WARM_STEPS / (time.perf_counter() - start))
+    steps = max(_WARM_STEPS, steps)
 
     def plain() -> dict[str, float]:
         state.advance()
@@ -191,9 +197,16 @@ def measure(
     return {"steps": steps, "without": without, "with": with_saves}
 
 
-def _durable_seconds(saver: peers.Saver) -> float:
-    start = time.perf_counter()
-    path = saver.save().wait()
-    seconds = time.perf_counter() - start
-    remove(path)
-    return seconds
+def _steps_until_durable(saver: peers.Saver, training: _Loop) -> int:
+    """The median of some saves."""
+    counts = []
+    for _ in range(_TRIES):
+        pending = saver.save()
+        training.step(pending.gate)
+        count = 1
+        while not pending.done():
+            training.step(None)
+            count += 1
+        remove(pending.wait())
+        counts.append(count)
+    return statistics.median_low(counts)
