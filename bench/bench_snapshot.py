@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """Free memory that is needed: the state, a copy for the floor, one for staging; torch."""
+        """Free memory that is needed: the state, a copy for the floor, two for staging; torch."""
         return 4 * self.state_bytes + 2**30
 
 

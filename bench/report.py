@@ -123,9 +123,9 @@ def lost_seconds(result: Results) -> list[float]:
 
 
 def lost_by(results: Results, loop: str, subject: str) -> list[float]:
-    """Those of a subject; of the shorter and more segments where it ran them."""
+    """`lost_seconds` of a subject; of the shorter and more segments where it ran them."""
     for result in (
-        results.get("lost", {}).get(loop),
+        results["lost"].get(loop),
         results["training"].get(loop, {}).get(subject),
     ):
         if result and (lost := _lost_in(result, subject)):
@@ -517,9 +517,8 @@ def _restore_times(results: Results) -> Results:
 
 def _foreign(results: Results) -> list[float]:
     trained = [result for loop in results["training"].values() for result in loop.values()]
-    lost = results.get("lost", {}).values()
     once = [results[kind] for kind in ("codecs", "coders", "restores") if results.get(kind)]
-    measured = [*results["saves"].values(), *trained, *lost, *once]
+    measured = [*results["saves"].values(), *trained, *results["lost"].values(), *once]
     return [result["foreign_cpu"] for result in measured]
 
 

@@ -24,6 +24,7 @@ _BATCH = 8
 _WARM_STEPS = 5
 _PYTHON_ROUNDS = 50_000
 _OUTLASTING = 1.3
+"""Times the steps that a save takes: not every one is as fast as the median of `_TRIES`."""
 _TRIES = 3
 
 COMPUTE = "compute-bound"
@@ -129,7 +130,7 @@ def measure(
 ) -> dict[str, Any]:
     """Segments of as many steps of one of LOOPS as take about `seconds`, in turn without and with
     a save: in each round one save by each of the subjects, of which another one begins each time.
-    None: as many as outlast the slowest of them, and few more.
+    None: of few more steps than pass until the slowest of them is durable.
 
     The state of `parameters` parameters is saved together with what is trained. torch has one
     thread, as a data-parallel process of a machine with few cores has.
@@ -198,7 +199,7 @@ def measure(
 
 
 def _steps_until_durable(saver: peers.Saver, training: _Loop) -> int:
-    """The median of some saves."""
+    """Of the loop, from the beginning of a save on; the median of `_TRIES`."""
     counts = []
     for _ in range(_TRIES):
         pending = saver.save()

@@ -325,6 +325,7 @@ def made(**changed: Any) -> dict[str, Any]:
     empty: dict[str, Any] = {
         "saves": {},
         "training": {},
+        "lost": {},
         "codecs": None,
         "restores": None,
         "state": {"bytes": STATE_BYTES},

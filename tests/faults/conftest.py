@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import shim
@@ -76,17 +77,19 @@ def count(request: pytest.FixtureRequest) -> Iterator[Count]:
         request.node.user_properties.append((_PROPERTY, figures))
 
 
+def _reported(terminalreporter: pytest.TerminalReporter) -> Iterator[Any]:
+    for report in chain.from_iterable(terminalreporter.stats.values()):
+        # Reports of all phases have the properties of a test; that of the last one has all of them.
+        if isinstance(report, pytest.TestReport) and report.when == "teardown":
+            yield from (figures for name, figures in report.user_properties if name == _PROPERTY)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     trials: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
-    for report in chain.from_iterable(terminalreporter.stats.values()):
-        # All three phases of a test have its properties; the last one has them all.
-        if isinstance(report, pytest.TestReport) and report.when == "teardown":
-            for name, figures in report.user_properties:
-                if name == _PROPERTY:
-                    harness, tried, took = figures
-                    trials[harness] += tried
-                    seconds[harness] += took
+    for harness, tried, took in _reported(terminalreporter):
+        trials[harness] += tried
+        seconds[harness] += took
     if not trials:
         return
     terminalreporter.section("trials")
