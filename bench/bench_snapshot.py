@@ -29,7 +29,7 @@ from rich.console import Console
 from pysnap.config import parse_size
 
 HERE = Path(__file__).parent
-SCHEMA = 3
+SCHEMA = 4
 BYTES_PER_PARAMETER = 12
 FULL_PARAMETERS = 125_000_000
 QUICK_PARAMETERS = FULL_PARAMETERS // 16
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes=1 if quick else 5,
         rounds=2 if quick else 3,
         segment_seconds=1.5 if quick else 5.0,
-        lost_rounds=2 if quick else 60,
+        lost_rounds=2 if quick else 80,
         trained_steps=QUICK_TRAINED_STEPS if quick else TRAINED_STEPS,
         peers=chosen,
     )

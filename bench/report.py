@@ -109,7 +109,7 @@ def durable_ratios(rows: list[Results]) -> list[float]:
 
 def steps_per_second(result: Results, which: str) -> list[float]:
     """Speed in the segments `with` or `without` a save."""
-    return [result["steps"] / row["seconds"] for row in result[which]]
+    return [row["steps"] / row["seconds"] for row in result[which]]
 
 
 def speed_ratios(result: Results) -> list[float]:
@@ -152,9 +152,11 @@ def _lost_in(result: Results, subject: str) -> list[float]:
 
 
 def _segments(result: Results) -> list[tuple[Results, float]]:
-    plain = [row["seconds"] for row in result["without"]]
+    """Each segment with a save, and the seconds of as many steps in its neighbours."""
+    plain = [row["seconds"] / row["steps"] for row in result["without"]]
     neighbours = [statistics.mean(pair) for pair in itertools.pairwise(plain)]
-    return list(zip(result["with"], neighbours, strict=True))
+    rows = zip(result["with"], neighbours, strict=True)
+    return [(row, row["steps"] * step_seconds) for row, step_seconds in rows]
 
 
 def restore_seconds(results: Results, subject: str) -> list[float]:

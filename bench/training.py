@@ -130,7 +130,8 @@ def measure(
 ) -> dict[str, Any]:
     """Segments of as many steps of one of LOOPS as take about `seconds`, in turn without and with
     a save: in each round one save by each of the subjects, of which another one begins each time.
-    None: of few more steps than pass until the slowest of them is durable.
+    None: of few more steps than pass until the subject is durable, and without a save of as many as
+    for the fastest of them.
 
     The state of `parameters` parameters is saved together with what is trained. torch has one
     thread, as a data-parallel process of a machine with few cores has.
@@ -151,20 +152,25 @@ def measure(
 
     _run(training, _WARM_STEPS)
     if seconds is None:
-        slowest = max(_steps_until_durable(saver, training) for saver in savers.values())
-        steps = math.ceil(_OUTLASTING * slowest)
+        outlasting = {
+            subject: math.ceil(_OUTLASTING * _steps_until_durable(saver, training))
+            for subject, saver in savers.items()
+        }
     else:
         start = time.perf_counter()
         _run(training, _WARM_STEPS)
-        steps = round(seconds * _WARM_STEPS / (time.perf_counter() - start))
-    steps = max(_WARM_STEPS, steps)
+        usual = round(seconds * _WARM_STEPS / (time.perf_counter() - start))
+        outlasting = dict.fromkeys(savers, usual)
+    steps = {subject: max(_WARM_STEPS, number) for subject, number in outlasting.items()}
+    fewest = min(steps.values())
 
-    def plain() -> dict[str, float]:
+    def plain() -> dict[str, Any]:
         state.advance()
         gc.collect()
         start = time.perf_counter()
-        longest = _run(training, steps)
-        return {"seconds": time.perf_counter() - start, "longest_step_seconds": longest}
+        longest = _run(training, fewest)
+        seconds = time.perf_counter() - start
+        return {"steps": fewest, "seconds": seconds, "longest_step_seconds": longest}
 
     def saving(subject: str) -> dict[str, Any]:
         state.advance()
@@ -172,12 +178,13 @@ def measure(
         start = time.perf_counter()
         pending = savers[subject].save()
         blocked = time.perf_counter() - start
-        longest = _run(training, steps, pending.gate)
+        longest = _run(training, steps[subject], pending.gate)
         elapsed = time.perf_counter() - start
         inside = pending.done()
         remove(pending.wait())
         return {
             "subject": subject,
+            "steps": steps[subject],
             "seconds": elapsed,
             "blocked_seconds": blocked,
             "longest_step_seconds": longest,
@@ -195,7 +202,7 @@ def measure(
             without.append(plain())
     for saver in savers.values():
         saver.close()
-    return {"steps": steps, "without": without, "with": with_saves}
+    return {"without": without, "with": with_saves}
 
 
 def _steps_until_durable(saver: peers.Saver, training: _Loop) -> int:

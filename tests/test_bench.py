@@ -102,9 +102,9 @@ def test_readme_says_what_copying_and_writing_alone_cost_training(results: dict[
     results["lost"] = {}
     assert ", blocked time included. pysnap's are" in readme.figures(results, readme.RESULTS)
     for loop, seconds in zip(training.LOOPS, (1.25, 1.0625), strict=True):
-        saved = {"subject": peers.FLOOR, "seconds": seconds}
+        saved = {"subject": peers.FLOOR, "steps": 2, "seconds": seconds}
         results["lost"][loop] = {
-            "without": [{"seconds": 1.0}] * 2, "with": [saved], "foreign_cpu": 0.0,
+            "without": [{"steps": 1, "seconds": 0.5}] * 2, "with": [saved], "foreign_cpu": 0.0,
         }  # fmt: skip
     said = "a direct write of its bytes, with nothing else, cost 0.25 s and 0.062 s. pysnap's"
     assert said in readme.figures(results, readme.RESULTS)
@@ -116,10 +116,10 @@ def test_readme_says_what_copying_and_writing_alone_cost_training(results: dict[
 
 def test_readme_says_how_little_the_few_segments_of_others_tell(results: dict[str, Any]) -> None:
     results["lost"] = {}
-    plain = [{"seconds": seconds} for seconds in (5.0, 5.5, 5.5, 5.5)]
+    plain = [{"steps": 10, "seconds": seconds} for seconds in (5.0, 5.5, 5.5, 5.5)]
     for loop in training.LOOPS:
         for name, result in results["training"][loop].items():
-            rows = [{"subject": name, "seconds": 6.0}] * 3
+            rows = [{"subject": name, "steps": 10, "seconds": 6.0}] * 3
             results["training"][loop][name] = result | {"without": plain, "with": rows}
     said = (
         "medians of 3 saves, the others' of 3 in longer segments, which differ by 0.12 s and 0.12 s"
@@ -375,11 +375,10 @@ def test_durable_is_judged_beside_a_plain_write_and_its_pair_without_codec() -> 
 
 def test_what_a_save_loses_is_judged_beside_the_segments_around_it() -> None:
     result = {
-        "steps": 10,
-        "without": [{"seconds": 5.0}, {"seconds": 6.0}, {"seconds": 5.0}],
+        "without": [{"steps": 10, "seconds": seconds} for seconds in (5.0, 6.0, 5.0)],
         "with": [
-            {"subject": peers.PYSNAP, "seconds": 5.75},
-            {"subject": peers.PYSNAP, "seconds": 5.25},
+            {"subject": peers.PYSNAP, "steps": 10, "seconds": 5.75},
+            {"subject": peers.PYSNAP, "steps": 10, "seconds": 5.25},
         ],
     }
     assert report.lost_seconds(result) == [0.25, -0.25]
@@ -396,13 +395,12 @@ def test_what_a_save_loses_is_judged_beside_the_segments_around_it() -> None:
     assert report.lost_by(worse, "GIL-bound", peers.PYSNAP) == [0.25, -0.25]
 
 
-def test_saves_in_turn_are_told_apart() -> None:
+def test_saves_in_turn_are_told_apart_whatever_their_lengths() -> None:
     result = {
-        "steps": 10,
-        "without": [{"seconds": seconds} for seconds in (5.0, 6.0, 6.0)],
+        "without": [{"steps": 5, "seconds": seconds} for seconds in (2.5, 3.0, 3.0)],
         "with": [
-            {"subject": peers.PYSNAP, "seconds": 5.75},
-            {"subject": peers.FLOOR, "seconds": 6.5},
+            {"subject": peers.PYSNAP, "steps": 10, "seconds": 5.75},
+            {"subject": peers.FLOOR, "steps": 20, "seconds": 12.5},
         ],
     }
     results = made(lost={training.COMPUTE: result})
@@ -629,7 +627,9 @@ def test_what_saves_cost_training_is_measured_in_turn(tmp_path: Path) -> None:
     # Another one begins each time.
     assert [row["subject"] for row in result["with"]] == subjects + subjects[::-1]
     assert len(result["without"]) == len(result["with"]) + 1
-    assert result["steps"] >= 5
+    steps = {row["subject"]: row["steps"] for row in result["with"]}
+    assert {row["steps"] for row in result["without"]} == {min(steps.values())}
+    assert min(steps.values()) >= 5
     for row in result["with"]:
         assert 0 < row["blocked_seconds"] < row["seconds"]
     assert list(tmp_path.rglob("*.raw")) == []
