@@ -26,6 +26,7 @@
 #include "digest.h"
 #include "engine.h"
 #include "error.h"
+#include "file.h"
 #include "restore.h"
 #include "thread.h"
 #include "trace.h"
@@ -440,6 +441,16 @@ PYBIND11_MODULE(_engine, module) {
         return false;
       },
       py::arg("call"));
+  module.def(
+      "write_file",
+      [](const std::string& path, const py::buffer& data) {
+        const ByteView bytes(data, false);
+        py::gil_scoped_release release;
+        File::write_whole(path, bytes.data, bytes.size);
+      },
+      py::arg("path"), py::arg("data"));
+  module.def("sync_directory", &File::sync_directory, py::arg("path"),
+             py::call_guard<py::gil_scoped_release>());
   module.def("cuda_unavailable", &cuda_unavailable, py::call_guard<py::gil_scoped_release>());
   module.def("trace", &trace::enable, py::arg("on"));
   module.def("take_spans", [] {

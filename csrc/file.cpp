@@ -60,6 +60,21 @@ File File::open(const std::string& path) {
   return file;
 }
 
+void File::write_whole(const std::string& path, const void* data, std::size_t size) {
+  File file = create(path, false);
+  file.write_at(data, size, 0);
+  if (::fsync(file.descriptor_) != 0) throw Error::io("syncing", path, errno);
+  file.close();
+}
+
+void File::sync_directory(const std::string& path) {
+  const int descriptor = open_retrying(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (descriptor < 0) throw Error::io("opening directory", path, errno);
+  File directory(descriptor, path);
+  if (::fsync(descriptor) != 0) throw Error::io("syncing directory", path, errno);
+  directory.close();
+}
+
 File::File(File&& other) noexcept
     : descriptor_(std::exchange(other.descriptor_, -1)),
       path_(std::move(other.path_)),

@@ -26,6 +26,10 @@ class File {
   static File create(const std::string& path, bool direct);
   // Opens for reading. Symbolic links and anything but a regular file are refused.
   static File open(const std::string& path);
+  // Creates a file that must not exist, whole and durable. A failure is final, as that of sync().
+  static void write_whole(const std::string& path, const void* data, std::size_t size);
+  // Makes the names in a directory durable.
+  static void sync_directory(const std::string& path);
 
   File(File&& other) noexcept;
   File& operator=(File&&) = delete;

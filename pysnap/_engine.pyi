@@ -140,6 +140,12 @@ class Coder:
 
 def digest(data: Buffer) -> str: ...
 def has_zstd(names: Sequence[str]) -> bool: ...
+def write_file(path: str, data: Buffer) -> None:
+    """Create a file that must not exist (0600), whole and durable. Raises StorageError."""
+
+def sync_directory(path: str) -> None:
+    """Make the names in a directory durable. Raises StorageError."""
+
 def call_in_main_thread(call: Callable[[], object]) -> bool:
     """Have `call` made by the main thread between two of its instructions; False while too many
     wait for that. What it raises is raised there."""

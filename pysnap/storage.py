@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from pysnap import trace
+from pysnap import _engine, trace
 from pysnap.errors import BusyError, StorageError, printable
 
 # Whatever the umask: a state is nobody else's business.
@@ -48,27 +48,13 @@ def make_directory(path: Path) -> None:
         os.chmod(path, DIRECTORY_MODE)
 
 
+# By the engine, without the GIL from the first to the last of its calls: training that runs Python
+# waits for each time that another thread takes it.
 def write_file(path: Path, data: bytes) -> None:
     """Create a file that must not exist (0600), whole and durable. A failure is final: the file
     is not tried again."""
-    with _told("writing", path):
-        descriptor = os.open(
-            path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _FILE_MODE
-        )
-        try:
-            os.fchmod(descriptor, _FILE_MODE)
-            left = memoryview(data)
-            while left:
-                written = os.write(descriptor, left)
-                if written == 0:
-                    raise OSError(5, "the file takes no more bytes")
-                left = left[written:]
-            os.fsync(descriptor)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-            raise
-        os.close(descriptor)
+    with trace.span("writing", path=path.name):
+        _engine.write_file(str(path), data)
 
 
 def read_file(path: Path, limit: int) -> bytes:
@@ -99,12 +85,8 @@ def file_size(path: Path) -> int:
 
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
-    with _told("syncing directory", path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with trace.span("syncing directory", path=path.name):
+        _engine.sync_directory(str(path))
 
 
 def rename(source: Path, target: Path) -> None:
@@ -171,9 +153,11 @@ def replace_link(path: Path, target: str) -> None:
     """Point a symbolic link at `target`, replacing the link that is there."""
     with _told("linking", path):
         temporary = path.with_name(f".{path.name}-{os.getpid()}")
-        with contextlib.suppress(FileNotFoundError):
+        try:
+            os.symlink(target, temporary)
+        except FileExistsError:
             os.unlink(temporary)
-        os.symlink(target, temporary)
+            os.symlink(target, temporary)
         os.replace(temporary, path)
 
 

@@ -183,6 +183,39 @@ TEST(a_write_that_stops_half_way_is_an_error) {
   CHECK_EQ(file.size(), 5 * kPageSize);
 }
 
+TEST(a_whole_file_is_new_and_private) {
+  const TemporaryDirectory directory;
+  const std::string path = directory / "file";
+  const Bytes bytes = fixture::random_bytes(kPageSize + 1, 1);
+  const mode_t before = ::umask(0777);
+  File::write_whole(path, bytes.data(), bytes.size());
+  ::umask(before);
+  struct stat status;
+  CHECK_EQ(::stat(path.c_str(), &status), 0);
+  CHECK_EQ(status.st_mode & 0777, 0600);
+  CHECK(fixture::read_file(path) == bytes);
+  std::filesystem::create_symlink(directory / "nowhere", directory / "link");
+  for (const char* name : {"file", "link"}) {
+    CHECK_EQ(errno_of([&] { File::write_whole(directory / name, bytes.data(), 1); }), EEXIST);
+  }
+  CHECK(fixture::read_file(path) == bytes);
+  const FileSizeLimit limit(kPageSize);
+  CHECK_EQ(errno_of([&] { File::write_whole(directory / "cut", bytes.data(), bytes.size()); }),
+           EFBIG);
+}
+
+TEST(the_names_of_a_directory_are_synced_also_behind_a_link) {
+  const TemporaryDirectory directory;
+  fixture::write_file(directory / "file", {1});
+  std::filesystem::create_directory(directory / "names");
+  std::filesystem::create_symlink(directory / "names", directory / "link");
+  for (const char* name : {"names", "link"}) {
+    CHECK_EQ(thrown_by([&] { File::sync_directory(directory / name); }), "nothing");
+  }
+  CHECK_EQ(errno_of([&] { File::sync_directory(directory / "file"); }), ENOTDIR);
+  CHECK_EQ(errno_of([&] { File::sync_directory(directory / "missing"); }), ENOENT);
+}
+
 TEST(open_refuses_what_is_no_regular_file) {
   const TemporaryDirectory directory;
   fixture::write_file(directory / "file", {1});
