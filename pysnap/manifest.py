@@ -122,12 +122,8 @@ class Manifest:
 
     def _describe(self) -> str:
         """What stands of the state in `manifest.json`."""
-        described = {
-            "metadata": self.metadata,
-            "tree": self.tree,
-            "tensors": [_record_to_json(record) for record in self.tensors],
-        }
-        return _to_json(described)[1:-1]
+        described = _to_json({"metadata": self.metadata, "tree": self.tree})
+        return f'{described[1:-1]},"tensors":[{",".join(map(_record_to_json, self.tensors))}]'
 
     def to_bytes(self) -> bytes:
         """The exact content of `manifest.json`."""
@@ -141,10 +137,10 @@ class Manifest:
             "chunk_size": self.chunk_size,
             "packs": [{"name": name, "size": size} for name, size in self.packs],
         }
-        chunks = _to_json([_chunk_to_json(row) for row in self.chunks.tolist()])
+        chunks = ",".join(map(_chunk_to_json, self.chunks.tolist()))
         # Large, and manifests stay: it is not kept.
         described = vars(self).pop("_described", None) or self._describe()
-        body = f'{_to_json(head)[:-1]},{described},"chunks":{chunks}}}'.encode()
+        body = f'{_to_json(head)[:-1]},{described},"chunks":[{chunks}]}}'.encode()
         return _PREFIX + _engine.digest(body).encode() + _MIDDLE + body + _SUFFIX
 
     @classmethod
@@ -198,24 +194,24 @@ def _to_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def _record_to_json(record: Record) -> dict[str, Any]:
-    entry: dict[str, Any] = {"dtype": record.dtype, "shape": record.shape, "at": record.at}
-    if record.strides is not None:
-        entry["strides"] = record.strides
-    return entry
+# There may be many records and chunks, and training waits for the GIL meanwhile: each is written as
+# text at once, not as an object for `json`.
+def _record_to_json(record: Record) -> str:
+    strides = "" if record.strides is None else f',"strides":{_numbers(record.strides)}'
+    shape = _numbers(record.shape)
+    return f'{{"dtype":"{record.dtype}","shape":{shape},"at":{record.at}{strides}}}'
 
 
-def _chunk_to_json(row: tuple[int, ...]) -> list[Any]:
+def _numbers(values: tuple[int, ...]) -> str:
+    return f"[{','.join(map(str, values))}]"
+
+
+def _chunk_to_json(row: tuple[int, ...]) -> str:
     pack, raw, stored, element, encoding, offset, high, low = row
-    return [
-        pack,
-        offset,
-        stored,
-        raw,
-        ELEMENTS[element],
-        ENCODINGS[encoding],
-        f"{high:016x}{low:016x}",
-    ]
+    return (
+        f'[{pack},{offset},{stored},{raw},"{ELEMENTS[element]}","{ENCODINGS[encoding]}",'
+        f'"{high:016x}{low:016x}"]'
+    )
 
 
 def _padded(size: int) -> int:
