@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 from pysnap import storage
 from pysnap.errors import (
     BusyError,
+    ConfigError,
     CorruptError,
     Error,
     FormatError,
@@ -29,6 +30,7 @@ from pysnap.errors import (
 from pysnap.manifest import FORMAT, Manifest
 from pysnap.notes import FILE as NOTES_FILE
 from pysnap.notes import Notes, locked
+from pysnap.paths import is_unicode
 
 _log = logging.getLogger("pysnap")
 
@@ -58,7 +60,8 @@ class Snapshot:
     @classmethod
     def open(cls, path: Path) -> Snapshot:
         """Read the manifest of a snapshot directory. Raises NotFoundError, CorruptError,
-        FormatError or StorageError."""
+        FormatError, StorageError, or ConfigError for a path that is no text."""
+        _check_text(path)
         file = path / MANIFEST
         try:
             data = storage.read_file(file, _LARGEST_MANIFEST)
@@ -115,14 +118,18 @@ def is_snapshot(path: Path) -> bool:
     return storage.exists(path / MANIFEST)
 
 
-def list_snapshots(root: Path, known: Mapping[Path, Snapshot] = MappingProxyType({})) -> Listing:
+def list_snapshots(root: Path) -> Listing:
     """Everything committed in the repository at `root`. Safe beside a writer; takes no lock.
 
-    The manifest of a `known` snapshot is not read again. Raises NotFoundError where there is no
-    repository, FormatError where it has an unknown format and the StorageError that says nothing
-    of what is stored.
+    Raises NotFoundError where there is no repository, FormatError where it has an unknown format
+    and the StorageError that says nothing of what is stored.
     """
     check_header(root)
+    return _list(root, known={})
+
+
+def _list(root: Path, known: Mapping[Path, Snapshot]) -> Listing:
+    """The manifest of a `known` snapshot is not read again."""
     read = dict(known)
     for _ in range(_ATTEMPTS):
         listing, complete = _list_once(root, read)
@@ -223,11 +230,12 @@ class Repository:
     def __init__(self, root: Path) -> None:
         """Open or create the repository, take the writer lock and remove what dead writers left.
 
-        Raises BusyError, FormatError, or StorageError (an unwritable path, a file where the
-        directory should be).
+        Raises BusyError, FormatError, StorageError (an unwritable path, a file where the directory
+        should be), or ConfigError for a path that is no text.
         """
         # Absolute: a program may change its directory.
         self.root = root = root.absolute()
+        _check_text(root)
         _make_root(root)
         self._lock = storage.WriterLock(root / _LOCK)
         try:
@@ -280,7 +288,7 @@ class Repository:
 
     def list(self) -> Listing:
         """Everything committed. Manifests do not change, so each is read once."""
-        listing = list_snapshots(self.root, self._known)
+        listing = _list(self.root, self._known)
         self._known = {snapshot.path: snapshot for snapshot in listing.snapshots}
         self._pass_sequences(listing)
         return listing
@@ -370,6 +378,13 @@ def held_by(path: Path) -> str:
         return "its notes cannot be read"
     marks = ["pinned"] if notes.pinned else []
     return ", ".join([*marks, *(f"tagged {tag}" for tag in notes.tags)])
+
+
+def _check_text(path: Path) -> None:
+    """The engine takes paths as UTF-8."""
+    if not is_unicode(str(path)):
+        shown = printable(os.fsencode(path).decode(errors="backslashreplace"))
+        raise ConfigError(f"the path {shown} is not UTF-8; rename it, or choose another one")
 
 
 def _make_root(root: Path) -> None:

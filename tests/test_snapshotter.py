@@ -392,6 +392,19 @@ def test_a_snapshot_that_cannot_be_removed_does_not_fail_the_newest(
     assert "could not be removed" in caplog.text and snapshotter.stats().failed == 0
 
 
+def test_a_path_that_is_no_text_is_refused_before_training(tmp_path: Path) -> None:
+    """The first snapshot failed, with an error of the extension's about its arguments."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff"))
+    with pytest.raises(pysnap.ConfigError, match=r"run\\xff is not UTF-8"):
+        pysnap.Snapshotter(path, values={"a": 1})
+    assert not path.exists()
+    with pysnap.Snapshotter(tmp_path / "run", values={"a": 1}) as snapshotter:
+        snapshotter.save().wait()
+    (tmp_path / "run").rename(path)
+    with pytest.raises(pysnap.ConfigError, match="not UTF-8"):
+        pysnap.load(path)
+
+
 def test_a_directory_with_other_files_is_not_taken_over(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(pysnap.NotFoundError, match=r"thesis\.tex"):
