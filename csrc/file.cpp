@@ -27,6 +27,14 @@ int open_retrying(const std::string& path, int flags) {
   return descriptor;
 }
 
+bool synced(int (*sync)(int), int descriptor) {
+  int result;
+  do {
+    result = sync(descriptor);
+  } while (result != 0 && errno == EINTR);
+  return result == 0;
+}
+
 }  // namespace
 
 File File::create(const std::string& path, bool direct) {
@@ -63,7 +71,7 @@ File File::open(const std::string& path) {
 void File::write_whole(const std::string& path, const void* data, std::size_t size) {
   File file = create(path, false);
   file.write_at(data, size, 0);
-  if (::fsync(file.descriptor_) != 0) throw Error::io("syncing", path, errno);
+  if (!synced(::fsync, file.descriptor_)) throw Error::io("syncing", path, errno);
   file.close();
 }
 
@@ -71,7 +79,7 @@ void File::sync_directory(const std::string& path) {
   const int descriptor = open_retrying(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (descriptor < 0) throw Error::io("opening directory", path, errno);
   File directory(descriptor, path);
-  if (::fsync(descriptor) != 0) throw Error::io("syncing directory", path, errno);
+  if (!synced(::fsync, descriptor)) throw Error::io("syncing directory", path, errno);
   directory.close();
 }
 
@@ -166,7 +174,7 @@ void File::truncate(std::uint64_t size) {
 }
 
 void File::sync() {
-  if (::fdatasync(descriptor_) != 0) throw Error::io("syncing", path_, errno);
+  if (!synced(::fdatasync, descriptor_)) throw Error::io("syncing", path_, errno);
 }
 
 void File::close() {

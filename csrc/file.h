@@ -51,7 +51,8 @@ class File {
   // The first `size` bytes, mapped for reading until munmap(); null where the system refuses.
   void* map(std::size_t size) const noexcept;
   void truncate(std::uint64_t size);
-  // fdatasync. A failure is final: the pages may be gone, a second call would lie.
+  // fdatasync, again where it was interrupted. Every other failure is final: the pages may be gone,
+  // a second call would lie.
   void sync();
   // Closes and reports what close() says; the destructor closes silently.
   void close();

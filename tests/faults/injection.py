@@ -25,6 +25,10 @@ ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EROFS)
 _LAST = 2
 _STEPS = 3
 _DELAY = 2000
+_ASKED_AGAIN = frozenset(
+    {"open", "read", "pread", "write", "pwrite", "fsync", "fdatasync", "fallocate", "ftruncate"}
+)
+"""Kinds of operations that are done again when a signal interrupts them."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,10 @@ class Trial:
 
     def _check_told(self, injection: Injection) -> None:
         """Whoever looks at the errors and the log finds what the file system said."""
-        if injection.action != "fail" or injection.argument == errno.EINTR:
+        if injection.action != "fail":
+            return
+        if injection.argument == errno.EINTR:
+            self._check_asked_again()
             return
         failed = [
             operation
@@ -155,6 +162,13 @@ class Trial:
         text = "\n".join([*map(str, self._errors), *self._told.lines])
         if os.strerror(injection.argument) not in text:
             self._problems.append(f"nobody is told of {failed[0]}; but: {text!r}")
+
+    def _check_asked_again(self) -> None:
+        """An interruption is no failure where a signal may well come while the disk is waited
+        for."""
+        for operation in self._shim.log():
+            if operation.error == errno.EINTR and operation.kind in _ASKED_AGAIN and self._errors:
+                self._problems.append(f"{operation} was not done again: {self._errors}")
 
     def _is_harmless(self, operation: Operation) -> bool:
         """Whether nobody needs to know: a link or text for people, faster reading, the end of
