@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -383,8 +382,9 @@ def held_by(path: Path) -> str:
 def _check_text(path: Path) -> None:
     """The engine takes paths as UTF-8."""
     if not is_unicode(str(path)):
-        shown = printable(os.fsencode(path).decode(errors="backslashreplace"))
-        raise ConfigError(f"the path {shown} is not UTF-8; rename it, or choose another one")
+        raise ConfigError(
+            f"the path {printable(str(path))} is not UTF-8; rename it, or choose another one"
+        )
 
 
 def _make_root(root: Path) -> None:

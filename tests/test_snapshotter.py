@@ -395,9 +395,11 @@ def test_a_snapshot_that_cannot_be_removed_does_not_fail_the_newest(
 def test_a_path_that_is_no_text_is_refused_before_training(tmp_path: Path) -> None:
     """The first snapshot failed, with an error of the extension's about its arguments."""
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff"))
-    with pytest.raises(pysnap.ConfigError, match=r"run\\xff is not UTF-8"):
+    with pytest.raises(pysnap.ConfigError, match=r"run\\udcff is not UTF-8"):
         pysnap.Snapshotter(path, values={"a": 1})
     assert not path.exists()
+    with pytest.raises(pysnap.ConfigError, match="not UTF-8"):
+        pysnap.Snapshotter(tmp_path / "\ud800", values={"a": 1})
     with pysnap.Snapshotter(tmp_path / "run", values={"a": 1}) as snapshotter:
         snapshotter.save().wait()
     (tmp_path / "run").rename(path)
