@@ -19,20 +19,16 @@ namespace {
 constexpr mode_t kMode = 0600;
 constexpr int kCreateFlags = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
 
-int open_retrying(const std::string& path, int flags) {
-  int descriptor;
-  do {
-    descriptor = ::open(path.c_str(), flags, kMode);
-  } while (descriptor < 0 && errno == EINTR);
-  return descriptor;
+// What a system call returns that is made again as long as a signal interrupts it.
+template <typename Call>
+auto retrying(const Call& call) {
+  auto result = call();
+  while (result < 0 && errno == EINTR) result = call();
+  return result;
 }
 
-bool synced(int (*sync)(int), int descriptor) {
-  int result;
-  do {
-    result = sync(descriptor);
-  } while (result != 0 && errno == EINTR);
-  return result == 0;
+int open_retrying(const std::string& path, int flags) {
+  return retrying([&] { return ::open(path.c_str(), flags, kMode); });
 }
 
 }  // namespace
@@ -71,7 +67,8 @@ File File::open(const std::string& path) {
 void File::write_whole(const std::string& path, const void* data, std::size_t size) {
   File file = create(path, false);
   file.write_at(data, size, 0);
-  if (!synced(::fsync, file.descriptor_)) throw Error::io("syncing", path, errno);
+  if (retrying([&] { return ::fsync(file.descriptor_); }) != 0)
+    throw Error::io("syncing", path, errno);
   file.close();
 }
 
@@ -79,7 +76,8 @@ void File::sync_directory(const std::string& path) {
   const int descriptor = open_retrying(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (descriptor < 0) throw Error::io("opening directory", path, errno);
   File directory(descriptor, path);
-  if (!synced(::fsync, descriptor)) throw Error::io("syncing directory", path, errno);
+  if (retrying([&] { return ::fsync(descriptor); }) != 0)
+    throw Error::io("syncing directory", path, errno);
   directory.close();
 }
 
@@ -100,11 +98,8 @@ std::uint64_t File::size() const {
 
 void File::reserve(std::uint64_t bytes) {
   if (bytes == 0) return;
-  int result;
-  do {
-    result = ::fallocate(descriptor_, 0, 0, static_cast<off_t>(bytes));
-  } while (result != 0 && errno == EINTR);
-  if (result == 0) return;
+  const auto length = static_cast<off_t>(bytes);
+  if (retrying([&] { return ::fallocate(descriptor_, 0, 0, length); }) == 0) return;
   if (errno != EOPNOTSUPP && errno != ENOSYS) {
     throw Error::io("reserving " + std::to_string(bytes) + " bytes for", path_, errno);
   }
@@ -121,9 +116,9 @@ void File::write_at(const void* data, std::size_t size, std::uint64_t offset) co
   const char* next = static_cast<const char*>(data);
   bool left_direct = false;
   while (size > 0) {
-    ssize_t written = ::pwrite(descriptor_, next, size, static_cast<off_t>(offset));
+    const auto at = static_cast<off_t>(offset);
+    const ssize_t written = retrying([&] { return ::pwrite(descriptor_, next, size, at); });
     if (written < 0) {
-      if (errno == EINTR) continue;
       if (errno == EINVAL && !left_direct) {
         left_direct = true;
         leave_direct();
@@ -148,12 +143,10 @@ std::size_t File::read_at(void* data, std::size_t size, std::uint64_t offset) co
   char* next = static_cast<char*>(data);
   std::size_t done = 0;
   while (done < size) {
-    ssize_t count =
-        ::pread(descriptor_, next + done, size - done, static_cast<off_t>(offset + done));
-    if (count < 0) {
-      if (errno == EINTR) continue;
-      throw Error::io("reading", path_, errno);
-    }
+    const auto at = static_cast<off_t>(offset + done);
+    const ssize_t count =
+        retrying([&] { return ::pread(descriptor_, next + done, size - done, at); });
+    if (count < 0) throw Error::io("reading", path_, errno);
     if (count == 0) break;
     done += static_cast<std::size_t>(count);
   }
@@ -166,15 +159,14 @@ void* File::map(std::size_t size) const noexcept {
 }
 
 void File::truncate(std::uint64_t size) {
-  int result;
-  do {
-    result = ::ftruncate(descriptor_, static_cast<off_t>(size));
-  } while (result != 0 && errno == EINTR);
-  if (result != 0) throw Error::io("setting the length of", path_, errno);
+  const auto length = static_cast<off_t>(size);
+  if (retrying([&] { return ::ftruncate(descriptor_, length); }) != 0)
+    throw Error::io("setting the length of", path_, errno);
 }
 
 void File::sync() {
-  if (!synced(::fdatasync, descriptor_)) throw Error::io("syncing", path_, errno);
+  if (retrying([&] { return ::fdatasync(descriptor_); }) != 0)
+    throw Error::io("syncing", path_, errno);
 }
 
 void File::close() {

@@ -26,9 +26,10 @@ class File {
   static File create(const std::string& path, bool direct);
   // Opens for reading. Symbolic links and anything but a regular file are refused.
   static File open(const std::string& path);
-  // Creates a file that must not exist, whole and durable. A failure is final, as that of sync().
+  // Creates a file that must not exist, whole and durable (fsync). A failure is final, as in
+  // sync().
   static void write_whole(const std::string& path, const void* data, std::size_t size);
-  // Makes the names in a directory durable.
+  // Makes the names in a directory durable (fsync); a link to it is followed.
   static void sync_directory(const std::string& path);
 
   File(File&& other) noexcept;

@@ -128,7 +128,7 @@ def list_snapshots(root: Path) -> Listing:
 
 
 def _list(root: Path, known: Mapping[Path, Snapshot]) -> Listing:
-    """The manifest of a `known` snapshot is not read again."""
+    """Everything committed at `root`; the manifest of a `known` snapshot is not read again."""
     read = dict(known)
     for _ in range(_ATTEMPTS):
         listing, complete = _list_once(root, read)
