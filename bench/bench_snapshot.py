@@ -29,7 +29,7 @@ from rich.console import Console
 from pysnap.config import parse_size
 
 HERE = Path(__file__).parent
-SCHEMA = 4
+SCHEMA = 5
 BYTES_PER_PARAMETER = 12
 FULL_PARAMETERS = 125_000_000
 QUICK_PARAMETERS = FULL_PARAMETERS // 16
@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = Plan(
         parameters=options.size or (QUICK_PARAMETERS if quick else FULL_PARAMETERS),
         repeats=max(1, options.repeats or (3 if quick else 5)),
-        processes=1 if quick else 5,
+        processes=1 if quick else 8,
         rounds=2 if quick else 3,
         segment_seconds=1.5 if quick else 5.0,
         lost_rounds=2 if quick else 80,

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ nobody reads soon should; by default, that begins above the size of most tensors
 _MOST_THREADS = 16
 _ALIGNMENT = 64
 _IN_FLIGHT = 16 * 2**20
+_COPY_TRIES = 3
 _WRITES_IN_FLIGHT = (1, 2, 4)
 _WRITE_TRIES = 2
 _READ_BLOCK = 16 * 2**20
@@ -89,18 +91,21 @@ class MemcpyFloor:
         ]
         self._shares = {threads: _split(pieces, threads) for threads in thread_counts()}
         self._pool = ThreadPoolExecutor(max(self._shares))
+        self._ways = {
+            f"memmove, {threads} threads": partial(self.copy_in_threads, threads)
+            for threads in self._shares
+        } | {"torch copy_": self.copy_with_torch}
 
-    def measure(self) -> dict[str, float]:
-        """Seconds of one copy by each implementation."""
-        seconds = {}
-        for threads in self._shares:
-            start = time.perf_counter()
-            self.copy_in_threads(threads)
-            seconds[f"memmove, {threads} threads"] = time.perf_counter() - start
+    def fastest(self) -> str:
+        """Name of the implementation that is the fastest now."""
+        tries = {way: [self.measure(way) for _ in range(_COPY_TRIES)] for way in self._ways}
+        return min(tries, key=lambda way: min(tries[way]))
+
+    def measure(self, way: str) -> float:
+        """Seconds of one copy by an implementation."""
         start = time.perf_counter()
-        self.copy_with_torch()
-        seconds["torch copy_"] = time.perf_counter() - start
-        return seconds
+        self._ways[way]()
+        return time.perf_counter() - start
 
     def copy_in_threads(self, threads: int | None = None) -> None:
         """With `memmove` in one of `thread_counts()` threads; None: in as many as there are."""
@@ -116,7 +121,7 @@ class MemcpyFloor:
             target.copy_(source)
 
     def clear(self) -> None:
-        """Forget what was copied."""
+        """Forget what was copied: the memory is as touched as when it was new."""
         ctypes.memset(self.buffer.address, 1, self.buffer.size)
 
     def is_copied(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import peers
-from report import Results, Spread, best_memcpy, lost_by, speed_ratios
+from report import Results, Spread, lost_by, speed_ratios
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,9 @@ def _draw_saving(results: Results, path: Path) -> None:
         "caller blocked per save, s",
         {subject: [row["blocked_seconds"] for row in rows] for subject, rows in warm.items()},
     )
-    _floors(blocked, "best memcpy", [[best_memcpy(row) for row in rows] for rows in warm.values()])
+    _floors(
+        blocked, "best memcpy", [[row["memcpy_seconds"] for row in rows] for rows in warm.values()]
+    )
     _bars(
         durable,
         "time to durable, s",

@@ -92,14 +92,9 @@ class Bar:
         return Spread.of(self.values).median <= self.limit if self.values else None
 
 
-def best_memcpy(row: Results) -> float:
-    """Seconds of the fastest implementation of the floor in one repetition."""
-    return float(min(row["memcpy_seconds"].values()))
-
-
-def blocked_ratios(rows: list[Results]) -> list[float]:
+def blocked_ratios(rows: list[Results], memcpy: str = "memcpy_seconds") -> list[float]:
     """Blocked time over the best memcpy, pair by pair."""
-    return [row["blocked_seconds"] / best_memcpy(row) for row in rows]
+    return [row["blocked_seconds"] / row[memcpy] for row in rows]
 
 
 def durable_ratios(rows: list[Results]) -> list[float]:
@@ -309,6 +304,9 @@ def summary(results: Results) -> Results:
             "first_blocked_seconds": spread(row["blocked_seconds"] for row in result["first"]),
             "blocked_seconds": spread(row["blocked_seconds"] for row in result["warm"]),
             "blocked_over_memcpy": spread(blocked_ratios(result["warm"])),
+            "blocked_over_memcpy_again": spread(
+                blocked_ratios(result["warm"], "memcpy_again_seconds")
+            ),
             "durable_seconds": spread(row["durable_seconds"] for row in result["warm"]),
             "durable_over_write": spread(durable_ratios(result["warm"])),
             "bytes": spread(row["bytes"] for row in result["warm"]),

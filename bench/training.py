@@ -23,7 +23,7 @@ _CONTEXT = 128
 _BATCH = 8
 _WARM_STEPS = 5
 _PYTHON_ROUNDS = 50_000
-_OUTLASTING = 1.3
+_OUTLASTING = 1.5
 """Times the steps that a save takes: not every one is as fast as the median of `_TRIES`."""
 _TRIES = 3
 

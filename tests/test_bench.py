@@ -33,11 +33,13 @@ import report
 import scaling
 import torch
 import training
-from floors import Buffer, WriteFloor, write_and_sync
+from floors import Buffer, MemcpyFloor, WriteFloor, write_and_sync
 from growth import beside_linear, exponent
 from payloads import Payload
 from peers.plain_files import flat_tensors
 from rich.console import Console
+from saves import measure as measure_saves
+from state import State
 
 STATE_BYTES = 1000
 
@@ -307,7 +309,8 @@ def saves(blocked: list[float], durable: float = 1.0, extra: int | None = 0) -> 
             "blocked_seconds": seconds,
             "durable_seconds": durable,
             "write_seconds": 0.5,
-            "memcpy_seconds": {"slow": 9.0, "fast": 2.0},
+            "memcpy_seconds": 2.0,
+            "memcpy_again_seconds": 1.0,
             "bytes": STATE_BYTES,
         }
         for seconds in blocked
@@ -755,6 +758,56 @@ def test_a_measurement_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(jobs.JobError, match=r"saves: nobody ended with status 1:(.|\n)*KeyError"):
         arguments = {"subject": "nobody", "parameters": 1000, "repeats": 0, "host_memory": None}
         jobs.run(jobs.Job("saves", "nobody", arguments), tmp_path, lambda _: None)
+
+
+def test_the_floor_of_copying_is_the_fastest_implementation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    floor = MemcpyFloor([torch.arange(1000.0), torch.arange(7)])
+    for way in (floor.fastest(), "memmove, 1 threads", "torch copy_"):
+        floor.clear()
+        assert not floor.is_copied()
+        assert floor.measure(way) > 0
+        assert floor.is_copied()
+    monkeypatch.setattr(floor, "measure", lambda way: 1.0 if way == "torch copy_" else 2.0)
+    assert floor.fastest() == "torch copy_"
+
+
+def test_a_save_and_the_copy_beside_it_go_to_memory_that_rested_while_the_state_advanced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+
+    def noted(owner: type, name: str, word: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(word)
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, name, call)
+
+    noted(State, "advance", "advance")
+    noted(WriteFloor, "measure", "write")
+    noted(MemcpyFloor, "clear", "touch")
+    noted(peers.Pysnap, "wait_ready", "touched")
+    noted(peers.Pysnap, "save", "save")
+    monkeypatch.setattr(MemcpyFloor, "fastest", lambda _: "memmove, 1 threads")
+    noted(MemcpyFloor, "measure", "copy")
+    measured = measure_saves(
+        subject=peers.PYSNAP,
+        parameters=100_000,
+        repeats=2,
+        host_memory=None,
+        directory=str(tmp_path),
+        tell=lambda _: None,
+    )
+    warm = ["write", "advance", "copy", "copy", "advance", "save"]
+    first = ["write", "touch", "advance", "copy", "copy", "touched", "advance", "save"]
+    assert calls == first + 2 * warm
+    for row in measured["first"] + measured["warm"]:
+        assert row["memcpy_floor"] == "memmove, 1 threads"
+        assert min(row["memcpy_seconds"], row["memcpy_again_seconds"]) > 0
 
 
 def test_the_floor_of_writing_writes_every_byte(tmp_path: Path) -> None:
