@@ -90,6 +90,7 @@ void SlotPool::stop() {
     stopping_ = true;
   }
   changed_.notify_all();
+  growth_.notify_all();
   if (grower_.joinable()) grower_.join();
 }
 
@@ -106,7 +107,7 @@ void SlotPool::reserve(std::size_t slots) {
 void SlotPool::ask(std::size_t slots) {
   wanted_ = std::max(wanted_, slots);
   exhausted_ = false;
-  changed_.notify_all();
+  growth_.notify_all();
 }
 
 void SlotPool::pin(std::shared_ptr<Device> device) {
@@ -115,7 +116,7 @@ void SlotPool::pin(std::shared_ptr<Device> device) {
     if (pin_with_ != nullptr || why_pageable_) return;
     pin_with_ = std::move(device);
   }
-  changed_.notify_all();
+  growth_.notify_all();
 }
 
 std::string SlotPool::why_pageable() {
@@ -206,7 +207,7 @@ SlotPool::Region SlotPool::map_region(std::size_t size, const Device* device) co
 void SlotPool::grow() {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    changed_.wait(lock, [&] { return stopping_ || must_grow() || must_pin(); });
+    growth_.wait(lock, [&] { return stopping_ || must_grow() || must_pin(); });
     if (stopping_) return;
     const std::shared_ptr<Device> device = pin_with_;
     if (must_pin()) {

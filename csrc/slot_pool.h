@@ -90,15 +90,15 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
       : slot_size_(slot_size), max_slots_(max_slots), touchers_(touchers) {}
   Region map_region(std::size_t size, const Device* device) const;
   void grow();
-  void ask(std::size_t slots);
   std::optional<Error> pin_region(Region& region, const std::shared_ptr<Device>& device) const;
-  std::optional<Slot> pop();
+  void release(std::uint8_t* data);
   // With mutex_ held:
+  std::optional<Slot> pop();
+  void ask(std::size_t slots);
   void end_pinning(const std::optional<Error>& refusal);
   bool make_room(std::size_t slots);
   bool must_grow() const { return ready_ < wanted_ && !exhausted_; }
   bool must_pin() const { return pin_with_ != nullptr && pinned_ < regions_.size(); }
-  void release(std::uint8_t* data);
 
   // Constant after construction.
   const std::size_t slot_size_;
@@ -108,7 +108,8 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
 
   std::mutex mutex_;
   // Guarded by mutex_.
-  std::condition_variable changed_;
+  std::condition_variable changed_;  // a slot is free, or something was mapped or registered
+  std::condition_variable growth_;   // something to map or to register
   std::vector<Region> regions_;
   std::size_t pinned_ = 0;            // of regions_, how many have been registered; the first ones
   std::shared_ptr<Device> pin_with_;  // null: not asked for, or refused

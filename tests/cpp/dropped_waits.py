@@ -374,8 +374,8 @@ DROPS = [
     Drop(
         "memory that is there already is registered",
         POOL,
-        "    changed_.wait(lock, [&] { return stopping_ || must_grow() || must_pin(); });\n",
-        "    changed_.wait(lock, [&] { return stopping_ || must_grow(); });\n",
+        "    growth_.wait(lock, [&] { return stopping_ || must_grow() || must_pin(); });\n",
+        "    growth_.wait(lock, [&] { return stopping_ || must_grow(); });\n",
         "cuda_device_test memory_that_exists_is_pinned_later",
     ),
     Drop(
