@@ -604,6 +604,7 @@ def test_a_step_that_is_captured_in_a_graph_is_waited_for_and_copied_at_once_fro
     monkeypatch.setattr("pysnap.capture.is_capturing", lambda: True)
     program.train()
     assert threading.main_thread() in waits and newest.wait_staged(0)
+    assert not program.snapshotter._gate.addresses()
     monkeypatch.undo()
     newest.wait()
     with program.snapshotter.step():

@@ -458,30 +458,30 @@ def test_a_loader_ends_with_its_last_reference(data: Any) -> None:
         gc.enable()
 
 
-def test_going_back_in_the_same_process() -> None:
-    for workers in (0, 2):
-        seed_all(1)
-        options = {"persistent_workers": True} if workers else {}
-        loader = resumable(
-            DataLoader(
-                Everything() if workers else DrawnAtFirst(),
-                batch_size=2,
-                num_workers=workers,
-                collate_fn=list,
-                **options,
-            )
+@pytest.mark.parametrize("workers", [0, 2], ids=["alone", "with_workers"])
+def test_going_back_in_the_same_process(workers: int) -> None:
+    seed_all(1)
+    options = {"persistent_workers": True} if workers else {}
+    loader = resumable(
+        DataLoader(
+            Everything() if workers else DrawnAtFirst(),
+            batch_size=2,
+            num_workers=workers,
+            collate_fn=list,
+            **options,
         )
-        untouched, rng_untouched = plain(loader.state_dict()), global_state()
-        batches = iter(loader)
-        first = [next(batches)]
-        state, rng = plain(loader.state_dict()), global_state()
-        rest = list(batches)
-        loader.load_state_dict(state)
-        set_global_state(rng)
-        assert list(loader) == rest
-        loader.load_state_dict(untouched)
-        set_global_state(rng_untouched)
-        assert list(loader) == first + rest
+    )
+    untouched, rng_untouched = plain(loader.state_dict()), global_state()
+    batches = iter(loader)
+    first = [next(batches)]
+    state, rng = plain(loader.state_dict()), global_state()
+    rest = list(batches)
+    loader.load_state_dict(state)
+    set_global_state(rng)
+    assert list(loader) == rest
+    loader.load_state_dict(untouched)
+    set_global_state(rng_untouched)
+    assert list(loader) == first + rest
 
 
 # Failures
@@ -570,7 +570,7 @@ def test_a_changed_loader_is_refused(data: Any, options: dict[str, Any], message
     assert loader.state_dict() == before
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 2], ids=["alone", "with_workers"])
 def test_a_dataset_that_ends_early_is_refused(workers: int) -> None:
     loader = resumable(DataLoader(Numbers(3), batch_size=2, num_workers=workers))
     state = running(Numbers(9), batches=3, num_workers=workers)

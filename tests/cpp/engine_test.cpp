@@ -255,6 +255,15 @@ struct Traced {
   }
 };
 
+// Once a thread that was woken has seen that there is nothing to do yet.
+void wait_until_asleep(const std::string& name) {
+  std::vector<std::string> states;
+  do {
+    std::this_thread::yield();
+    states = fixture::told_of_threads(name, "State:");
+  } while (std::count(states.begin(), states.end(), "S") != std::ptrdiff_t(states.size()));
+}
+
 Traced trace_snapshot(Engine& engine, const State& state, const std::string& path) {
   // Where slots run out, workers do not wait for the copy.
   engine.reserve(state.spans().size() * kChunk);
@@ -263,6 +272,9 @@ Traced trace_snapshot(Engine& engine, const State& state, const std::string& pat
   trace::enable(true);
   const std::shared_ptr<Job> job = begin(engine, state);
   job->open_pack(path);
+  // Who sees the pack only after the copy was not woken by its end.
+  wait_until_asleep("pysnap-work");
+  wait_until_asleep("pysnap-write");
   CHECK(job->capture({}, nullptr));
   while (!job->wait_written(pysnap::kPoll)) {
   }

@@ -36,6 +36,25 @@ constexpr bool kThreadSanitizer = true;
 constexpr bool kThreadSanitizer = false;
 #endif
 
+// A word that the kernel tells of each thread of this process that has this name, as the letter of
+// its "State:".
+inline std::vector<std::string> told_of_threads(const std::string& name, const std::string& what) {
+  std::vector<std::string> told;
+  for (const auto& thread : std::filesystem::directory_iterator("/proc/self/task")) {
+    std::string word;
+    std::ifstream(thread.path() / "comm") >> word;
+    if (word != name) continue;
+    std::ifstream status(thread.path() / "status");
+    while (status >> word) {
+      if (word != what) continue;
+      status >> word;
+      told.push_back(word);
+      break;
+    }
+  }
+  return told;
+}
+
 using Bytes = std::vector<std::uint8_t>;
 
 class TemporaryDirectory {

@@ -12,12 +12,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
-#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <optional>
 #include <set>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
@@ -92,20 +90,7 @@ bool is_resident(const std::uint8_t* memory, std::size_t size) {
 
 // How often the growing thread of the only pool has waited so far.
 long waits_of_grower() {
-  for (const auto& thread : std::filesystem::directory_iterator("/proc/self/task")) {
-    std::string word;
-    std::ifstream(thread.path() / "comm") >> word;
-    if (word != "pysnap-grow") continue;
-    std::ifstream status(thread.path() / "status");
-    while (status >> word) {
-      if (word == "voluntary_ctxt_switches:") {
-        long waits = 0;
-        status >> waits;
-        return waits;
-      }
-    }
-  }
-  throw std::runtime_error("there is no growing thread");
+  return std::stol(fixture::told_of_threads("pysnap-grow", "voluntary_ctxt_switches:").at(0));
 }
 
 bool is_mapped(void* page) { return ::msync(page, kPageSize, MS_ASYNC) == 0; }
