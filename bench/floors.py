@@ -121,7 +121,7 @@ class MemcpyFloor:
             target.copy_(source)
 
     def clear(self) -> None:
-        """Forget what was copied: the memory is as touched as when it was new."""
+        """Forget what was copied, and touch the memory as when it was made."""
         ctypes.memset(self.buffer.address, 1, self.buffer.size)
 
     def is_copied(self) -> bool:

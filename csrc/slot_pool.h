@@ -108,8 +108,8 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
 
   std::mutex mutex_;
   // Guarded by mutex_.
-  std::condition_variable changed_;  // a slot is free, or something was mapped or registered
-  std::condition_variable growth_;   // something to map or to register
+  std::condition_variable changed_;  // a slot is free, or regions changed, or stopping
+  std::condition_variable growth_;   // something to map or to register, or stopping
   std::vector<Region> regions_;
   std::size_t pinned_ = 0;            // of regions_, how many have been registered; the first ones
   std::shared_ptr<Device> pin_with_;  // null: not asked for, or refused
