@@ -205,7 +205,7 @@ def _check_packs(ranges: list[tuple[int, int]], snapshot: Snapshot) -> None:
     np.add.at(edges, np.searchsorted(ends, wanted[:, 0], "right"), 1)
     np.add.at(edges, np.searchsorted(ends, wanted[:, 1], "left") + 1, -1)
     holding = np.cumsum(edges[:-1]) > 0
-    for pack in np.unique(manifest.chunks["pack"][holding]):
+    for pack in sorted(set(manifest.chunks["pack"][holding].tolist())):
         name, size = manifest.packs[pack]
         found = storage.file_size(snapshot.path / name)
         if found != size:

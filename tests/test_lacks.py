@@ -102,6 +102,27 @@ def attempt():
     assert set(said[:-1]) == {"errno 24"} and said[-1] == "fine"
 
 
+def test_saving_and_resuming_import_nothing(tmp_path: Path) -> None:
+    """An import in their midst, such as that of `numpy.ma` by `np.unique`, takes time and
+    descriptors, and fails with an error that is not ours."""
+    program = """
+import sys
+import pysnap, torch
+model = torch.nn.Linear(4, 4)
+optimizer = torch.optim.AdamW(model.parameters())
+model(torch.ones(4)).sum().backward()
+optimizer.step()
+with pysnap.Snapshotter("runs", every="off", model=model, optimizer=optimizer) as snapshotter:
+    snapshotter.wait_ready()
+    before = set(sys.modules)
+    snapshotter.save().wait()
+    snapshotter.resume()
+    print(sorted(set(sys.modules) - before))
+"""
+    said = subprocess.check_output([sys.executable, "-c", program], cwd=tmp_path, text=True)
+    assert said == "[]\n"
+
+
 def test_a_repository_is_not_opened_by_halves(tmp_path: Path) -> None:
     make_runs(tmp_path / "runs")
     said = under_every_limit(
