@@ -69,11 +69,13 @@ double estimate_entropy(const std::uint8_t* sample, std::size_t size) {
       table[i] = static_cast<double>(i) * std::log2(static_cast<double>(i));
     return table;
   }();
-  std::array<unsigned, 256> counts{};
-  for (std::size_t i = 0; i < size; ++i) ++counts[sample[i]];
+  // Two, for a byte that follows itself would wait for the count of the one before.
+  std::array<std::array<unsigned, 256>, 2> counts{};
+  for (std::size_t i = 0; i < size; ++i) ++counts[i % 2][sample[i]];
   double sum = 0;
   unsigned symbols = 0;
-  for (const unsigned count : counts) {
+  for (std::size_t byte = 0; byte < 256; ++byte) {
+    const unsigned count = counts[0][byte] + counts[1][byte];
     sum += kCountTimesLog[count];
     symbols += count > 0;
   }
@@ -145,17 +147,33 @@ PlanesEncoder::PlanesEncoder(std::shared_ptr<const Zstd> zstd, Effort effort)
 std::size_t PlanesEncoder::encode(Element element, const std::uint8_t* raw, std::size_t size,
                                   std::uint8_t* out) {
   if (size == 0) return 0;
-  // Most chunks are of one kind: if nothing is to be gained at the start, noise is left at once.
   const std::size_t width = element_width(element);
-  std::size_t seen = 0;
-  while (seen < size && !is_worth({element, raw + seen, std::min(kBlock, size - seen) / width}))
-    seen += kBlock;
-  if (seen >= size) return 0;
+  const auto block_at = [&](std::size_t at) {
+    return Block{element, raw + at, std::min(kBlock, size - at) / width};
+  };
+  const Outlook first = look_at(block_at(0));
+  // Most chunks are of one kind: if nothing is to be gained at the start, noise is left at once.
+  bool is_worth = first.is_good();
+  for (std::size_t at = kBlock; at < size && !is_worth; at += kBlock)
+    is_worth = look_at(block_at(at)).is_good();
+  if (!is_worth) return 0;
   Output output(out, size - 1);
-  for (std::size_t done = 0; done < size; done += kBlock) {
-    if (!encode_block(element, raw + done, std::min(kBlock, size - done), output)) return 0;
+  for (std::size_t at = 0; at < size; at += kBlock) {
+    const Block block = block_at(at);
+    if (!encode_block(block, at == 0 ? first : look_at(block), output)) return 0;
   }
   return output.used();
+}
+
+bool PlanesEncoder::Outlook::is_good() const {
+  return with_map || std::any_of(methods.begin(), methods.end(),
+                                 [](std::uint8_t method) { return method != kMethodRaw; });
+}
+
+PlanesEncoder::Outlook PlanesEncoder::look_at(const Block& block) const {
+  const std::size_t size = block.count * element_width(block.element);
+  if (many_zero_lines(block.raw, size / kLine)) return {true, {}};
+  return {false, choose(block)};
 }
 
 // The methods that are tried for the planes of a block, from the same sampled elements of each.
@@ -174,45 +192,34 @@ PlanesEncoder::Methods PlanesEncoder::choose(const Block& block) const {
   return methods;
 }
 
-// Whether a block promises to become smaller.
-bool PlanesEncoder::is_worth(const Block& block) const {
-  const std::size_t size = block.count * element_width(block.element);
-  if (many_zero_lines(block.raw, size / kLine)) return true;
-  const Methods methods = choose(block);
-  return std::any_of(methods.begin(), methods.end(),
-                     [](std::uint8_t method) { return method != kMethodRaw; });
-}
-
-bool PlanesEncoder::encode_block(Element element, const std::uint8_t* raw, std::size_t size,
-                                 Output& out) {
-  const std::size_t width = element_width(element);
+bool PlanesEncoder::encode_block(Block block, const Outlook& outlook, Output& out) {
+  const std::size_t width = element_width(block.element);
+  const std::size_t size = block.count * width;
   const std::size_t lines = size / kLine;
-  const bool with_map = many_zero_lines(raw, lines);
   std::uint8_t* header = out.take(kHeader);
   if (header == nullptr) return false;
   std::size_t kept = size;
-  if (with_map) {
+  if (outlook.with_map) {
     std::uint8_t* map = out.take((lines + 7) / 8);
     if (map == nullptr) return false;
     kept = 0;
     for (std::size_t i = 0; i < lines; ++i) {
-      if (is_zero_line(raw + i * kLine)) continue;
+      if (is_zero_line(block.raw + i * kLine)) continue;
       map[i / 8] = static_cast<std::uint8_t>(map[i / 8] | 1u << i % 8);
-      std::memcpy(kept_.data() + kept, raw + i * kLine, kLine);
+      std::memcpy(kept_.data() + kept, block.raw + i * kLine, kLine);
       kept += kLine;
     }
     const std::size_t tail = size - lines * kLine;
-    std::memcpy(kept_.data() + kept, raw + lines * kLine, tail);
+    std::memcpy(kept_.data() + kept, block.raw + lines * kLine, tail);
     kept += tail;
-    raw = kept_.data();
+    block = {block.element, kept_.data(), kept / width};
   }
-  header[0] = with_map ? kFlagMap : 0;
+  header[0] = outlook.with_map ? kFlagMap : 0;
   header[1] = static_cast<std::uint8_t>(width);
   put_u32(header + 4, kept);
   const std::size_t entries = out.used();
   if (out.take(kEntry * width) == nullptr) return false;
-  const Block block{element, raw, kept / width};
-  const Methods methods = choose(block);
+  const Methods methods = outlook.with_map ? choose(block) : outlook.methods;
   for (std::size_t p = 0; p < width;) {
     if (methods[p] != kMethodRaw) {
       if (!encode_plane(block, p, methods[p], out, entries + p * kEntry)) return false;
@@ -222,10 +229,10 @@ bool PlanesEncoder::encode_block(Element element, const std::uint8_t* raw, std::
     // Raw planes in a row go to where they stay, all at once.
     std::size_t last = p + 1;
     while (last < width && methods[last] == kMethodRaw) ++last;
-    const std::size_t size = (last - p) * block.count;
-    if (size > out.left()) return false;
-    split_planes(element, raw, block.count, {p, last}, out.next(), block.count);
-    out.advance(size);
+    const std::size_t room = (last - p) * block.count;
+    if (room > out.left()) return false;
+    split_planes(block.element, block.raw, block.count, {p, last}, out.next(), block.count);
+    out.advance(room);
     for (; p < last; ++p) {
       out.at(entries + p * kEntry)[0] = kMethodRaw;
       put_u32(out.at(entries + p * kEntry) + 4, block.count);

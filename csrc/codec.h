@@ -50,11 +50,17 @@ class PlanesEncoder {
     const std::uint8_t* raw;
     std::size_t count;  // elements
   };
-  bool encode_block(Element element, const std::uint8_t* raw, std::size_t size, Output& out);
   using Methods = std::array<std::uint8_t, 8>;  // of the planes
+  // What a sample of a block says: whether lines of zeros are left out, else the methods.
+  struct Outlook {
+    bool with_map;
+    Methods methods;
+    bool is_good() const;  // whether the block promises to become smaller
+  };
+  Outlook look_at(const Block& block) const;
   Methods choose(const Block& block) const;
   std::uint8_t choose(Element element, const std::uint8_t* sample, std::size_t size) const;
-  bool is_worth(const Block& block) const;
+  bool encode_block(Block block, const Outlook& outlook, Output& out);
   bool encode_plane(const Block& block, std::size_t p, std::uint8_t method, Output& out,
                     std::size_t entry);
   std::uint8_t encode_plane(std::uint8_t method, const std::uint8_t* plane, std::size_t size,

@@ -46,6 +46,7 @@ inline std::atomic<int>& failures() {
 inline void fail(const char* file, int line, const std::string& what) {
   failures().fetch_add(1);
   std::printf("%s:%d: %s\n", file, line, what.c_str());
+  std::fflush(stdout);  // what comes next may crash
 }
 
 template <class T, class = void>

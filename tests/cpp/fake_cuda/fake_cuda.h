@@ -44,7 +44,8 @@ struct FakeCuda {
 
   // The `nth` call of a function from now on (1: the next) does nothing and returns `result`.
   void (*fail_call)(const char* function, unsigned nth, int result);
-  // The `nth` copy that runs from now on fails, and with it every later call for its device.
+  // The `nth` copy of bytes that runs from now on fails, and with it every later call for its
+  // device.
   void (*fail_copy)(unsigned nth);
   // Whether the stream captures a graph; what is queued on it then never runs.
   void (*set_capturing)(std::uintptr_t stream, bool capturing);
