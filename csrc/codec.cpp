@@ -149,7 +149,9 @@ std::size_t PlanesEncoder::encode(Element element, const std::uint8_t* raw, std:
   if (size == 0) return 0;
   const std::size_t width = element_width(element);
   const auto block_at = [&](std::size_t at) {
-    return Block{element, raw + at, std::min(kBlock, size - at) / width};
+    const std::size_t here = std::min(kBlock, size - at);
+    const Upcoming next{raw + at + here, std::min(kBlock, size - at - here)};
+    return Block{element, raw + at, here / width, next};
   };
   const Outlook first = look_at(block_at(0));
   // Most chunks are of one kind: if nothing is to be gained at the start, noise is left at once.
@@ -212,7 +214,7 @@ bool PlanesEncoder::encode_block(Block block, const Outlook& outlook, Output& ou
     const std::size_t tail = size - lines * kLine;
     std::memcpy(kept_.data() + kept, block.raw + lines * kLine, tail);
     kept += tail;
-    block = {block.element, kept_.data(), kept / width};
+    block = {block.element, kept_.data(), kept / width, block.next};
   }
   header[0] = outlook.with_map ? kFlagMap : 0;
   header[1] = static_cast<std::uint8_t>(width);
@@ -261,7 +263,7 @@ bool PlanesEncoder::encode_plane(const Block& block, std::size_t p, std::uint8_t
                                  Output& out, std::size_t entry) {
   const std::size_t start = out.used();
   split_planes(block.element, block.raw, block.count, {p, p + 1}, plane_.data(), block.count);
-  method = encode_plane(method, plane_.data(), block.count, out);
+  method = encode_plane(method, plane_.data(), block.count, block.next, out);
   if (method == kMethodRaw && !out.append(plane_.data(), block.count)) return false;
   out.at(entry)[0] = method;
   put_u32(out.at(entry) + 4, out.used() - start);
@@ -270,7 +272,7 @@ bool PlanesEncoder::encode_plane(const Block& block, std::size_t p, std::uint8_t
 
 // Returns the method that was used; nothing is written where that is raw.
 std::uint8_t PlanesEncoder::encode_plane(std::uint8_t method, const std::uint8_t* plane,
-                                         std::size_t size, Output& out) {
+                                         std::size_t size, Upcoming upcoming, Output& out) {
   if (method == kMethodConstant) {
     if (is_constant(plane, size)) return out.append(plane, 1) ? kMethodConstant : kMethodRaw;
     // It is nearly constant: repeats are longer than one bit each can tell.
@@ -287,8 +289,9 @@ std::uint8_t PlanesEncoder::encode_plane(std::uint8_t method, const std::uint8_t
     }
     method = kMethodHuffman;
   }
-  written = method == kMethodZstd ? matches_->compress(plane, size, out.next(), room)
-                                  : huffman_.encode(plane, size, out.next(), room);
+  written = method == kMethodZstd
+                ? matches_->compress(plane, size, out.next(), room)
+                : huffman_.encode(plane, size, out.next(), room, best_simd_path(), upcoming);
   out.advance(written);
   return written > 0 ? method : kMethodRaw;
 }

@@ -49,6 +49,7 @@ class PlanesEncoder {
     Element element;
     const std::uint8_t* raw;
     std::size_t count;  // elements
+    Upcoming next;      // the block behind it
   };
   using Methods = std::array<std::uint8_t, 8>;  // of the planes
   // What a sample of a block says: whether lines of zeros are left out, else the methods.
@@ -64,7 +65,7 @@ class PlanesEncoder {
   bool encode_plane(const Block& block, std::size_t p, std::uint8_t method, Output& out,
                     std::size_t entry);
   std::uint8_t encode_plane(std::uint8_t method, const std::uint8_t* plane, std::size_t size,
-                            Output& out);
+                            Upcoming upcoming, Output& out);
   std::uint8_t encode_smallest(const std::uint8_t* plane, std::size_t size, Output& out);
 
   const Effort effort_;

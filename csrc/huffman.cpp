@@ -359,12 +359,18 @@ PYSNAP_VBMI inline EightCodes merge_codes(__m512i low, __m512i high) {
   return {first, _mm512_and_si512(four_length, low_half), last, _mm512_srli_epi64(four_length, 32)};
 }
 
+// Fetched of what is read next: a part of a core's own cache, and so much for 512 symbols as comes
+// while they are encoded.
+constexpr std::size_t kFetched = std::size_t{256} << 10;
+constexpr std::size_t kMostLines = 16;
+constexpr std::size_t kLine = 64;
+
 // Writes the first `pieces` pieces of every segment, one stream in each lane, and marks those that
 // have an escape: escaped[stream * pieces_per_segment + piece].
 PYSNAP_VBMI void write_pieces_vbmi(Writers& writers, const Symbols& symbols,
                                    const std::uint8_t* plane, std::size_t segment,
                                    std::size_t pieces, std::uint8_t* escaped,
-                                   std::size_t pieces_per_segment) {
+                                   std::size_t pieces_per_segment, Upcoming upcoming) {
   const ByteTable low_table(symbols.low());
   const ByteTable high_table(symbols.high());
   __m512i bits = _mm512_setzero_si512();
@@ -400,7 +406,12 @@ PYSNAP_VBMI void write_pieces_vbmi(Writers& writers, const Symbols& symbols,
     bits = _mm512_srlv_epi64(bits, _mm512_slli_epi64(whole, 3));
     count = _mm512_and_si512(count, _mm512_set1_epi64(7));
   };
+  const std::size_t lines = std::min(upcoming.size, kFetched) / kLine;
+  const std::size_t lines_per_piece =
+      std::min(lines / std::max<std::size_t>(pieces, 1), kMostLines);
   for (std::size_t piece = 0; piece < pieces; ++piece) {
+    for (std::size_t i = 0; i < lines_per_piece; ++i)
+      __builtin_prefetch(upcoming.data + (piece * lines_per_piece + i) * kLine);
     __m512i rows[8];
     for (std::size_t s = 0; s < kStreams; ++s)
       rows[s] = _mm512_loadu_si512(plane + s * segment + piece * kPiece);
@@ -441,7 +452,7 @@ PYSNAP_VBMI void write_pieces_vbmi(Writers& writers, const Symbols& symbols,
 }  // namespace
 
 std::size_t HuffmanEncoder::encode(const std::uint8_t* plane, std::size_t size, std::uint8_t* out,
-                                   std::size_t capacity, SimdPath path) {
+                                   std::size_t capacity, SimdPath path, Upcoming upcoming) {
   if (size < 2 || capacity <= kHeader) return 0;
   if (std::memcmp(plane, plane + 1, size - 1) == 0) return 0;
   const Code code = make_code(plane, size);
@@ -462,11 +473,12 @@ std::size_t HuffmanEncoder::encode(const std::uint8_t* plane, std::size_t size, 
 #if defined(__x86_64__)
   if (path == SimdPath::kAvx512 && cpu_has_vbmi()) {
     done = segment / kPiece;
-    write_pieces_vbmi(writers, symbols, plane, segment, done, escaped_.data(), pieces);
+    write_pieces_vbmi(writers, symbols, plane, segment, done, escaped_.data(), pieces, upcoming);
   }
   if (path != SimdPath::kPortable && __builtin_cpu_supports("bmi2")) write_rest = write_pieces_bmi2;
 #endif
   static_cast<void>(path);
+  static_cast<void>(upcoming);
   std::size_t total = kHeader;
   for (std::size_t s = 0; s < kStreams; ++s) {
     const std::size_t start = segment_start(size, s) + done * kPiece;

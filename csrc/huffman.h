@@ -15,13 +15,21 @@ namespace pysnap {
 constexpr unsigned kLongestCode = 11;  // bits
 constexpr std::size_t kHuffmanStreams = 8;
 
+// Memory that is read when a call has returned: some paths fetch its beginning meanwhile, as the
+// memory has nothing else to do.
+struct Upcoming {
+  const std::uint8_t* data = nullptr;
+  std::size_t size = 0;
+};
+
 // One thread's encoder: owns its scratch memory.
 class HuffmanEncoder {
  public:
   // Encodes `size` bytes into at most `capacity` bytes. Returns the length, or 0 where it does not
   // fit. `path` is one that this CPU runs.
   std::size_t encode(const std::uint8_t* plane, std::size_t size, std::uint8_t* out,
-                     std::size_t capacity, SimdPath path = best_simd_path());
+                     std::size_t capacity, SimdPath path = best_simd_path(),
+                     Upcoming upcoming = {});
 
  private:
   std::vector<std::uint8_t> streams_;
