@@ -61,7 +61,7 @@ struct Operation {
   // kTrial copies nothing: it is neither late nor the copy that fails.
   enum Kind { kCopy, kDownload, kTrial, kKernel, kRecord, kWait } kind;
   std::shared_ptr<Mark> mark;  // what it sets, or waits for; null: nothing
-  std::function<void()> run;   // kCopy, kDownload, kKernel
+  std::function<void()> run;   // kCopy, kDownload, kTrial, kKernel
 };
 
 }  // namespace
