@@ -21,6 +21,9 @@ constexpr std::chrono::hours kForever{24 * 365 * 100};
 constexpr std::uint64_t kMostCloned = std::uint64_t{64} << 20;
 // Writes in flight that keep a disk busy: with one, it is idle between two.
 constexpr unsigned kBusy = 2;
+// A disk that answers all that is in flight at once is idle until the next write comes: the more is
+// in flight, the less often. More than four do little.
+constexpr unsigned kLeastWriters = 4;
 
 // Objects of a forked child are never destroyed: their mutexes may be locked by threads that do not
 // exist there.
@@ -453,10 +456,11 @@ void Job::work(std::unique_lock<std::mutex>& lock, Encoder& encoder) {
   if (may_digest() && is_busy) return digest(lock);
   if (!holding_ && engine_.encodes(spans_[staged_.front().chunk].element))
     return encode(lock, encoder);
-  write_raw(lock);
+  write_raw(lock, engine_.options_.workers);
 }
 
-void Job::write_raw(std::unique_lock<std::mutex>& lock) {
+// One of `threads` that do that.
+void Job::write_raw(std::unique_lock<std::mutex>& lock, unsigned threads) {
   Staged staged = take(staged_);
   const Span& span = spans_[staged.chunk];
   // What is written beside the copy says nothing of what comes after it.
@@ -471,7 +475,11 @@ void Job::write_raw(std::unique_lock<std::mutex>& lock) {
   });
   --writing_;
   if (!done) return;
-  if (is_usual) engine_.choice_.learn(span.element, false, span.raw, 0, seconds);
+  if (is_usual) {
+    // As many writes as threads share the disk; Choice is told what they take if workers do them.
+    seconds *= static_cast<double>(engine_.options_.workers) / threads;
+    engine_.choice_.learn(span.element, false, span.raw, 0, seconds);
+  }
   hand_to_workers(written_ahead_, std::move(staged));
 }
 
@@ -575,6 +583,7 @@ std::shared_ptr<Engine> Engine::create(EngineOptions options) {
 
 Engine::Engine(EngineOptions options)
     : options_(std::move(options)),
+      writers_(std::max(kLeastWriters, options_.workers)),
       owner_(::getpid()),
       staging_(std::make_shared<Staging>(options_.chunk_size, options_.slots)),
       choice_(options_.workers) {}
@@ -590,9 +599,11 @@ void Engine::check_process() const {
 
 void Engine::start() {
   const unsigned helpers = std::max(1u, options_.copy_threads - 1);
-  threads_.reserve(2 * std::size_t{options_.workers} + helpers);
+  threads_.reserve(std::size_t{options_.workers} + writers_ + helpers);
   for (unsigned i = 0; i < options_.workers; ++i) {
     threads_.push_back(start_thread("pysnap-work", [this] { work(); }, options_.nice));
+  }
+  for (unsigned i = 0; i < writers_; ++i) {
     threads_.push_back(start_thread("pysnap-write", [this] { write(); }));
   }
   lander_ = start_thread("pysnap-land", [this] { land(); });
@@ -724,7 +735,7 @@ void Engine::write() {
     writes_.wait(lock, [&] { return closing_ || (active_ != nullptr && active_->may_write()); });
     if (closing_) return;
     const std::shared_ptr<Job> job = active_;
-    job->write_raw(lock);
+    job->write_raw(lock, writers_);
     wake_another();
   }
 }

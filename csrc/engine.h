@@ -7,8 +7,8 @@
 //
 // Threads: `copy_threads` - 1 helpers (one at least) copy beside the caller; one waits for the
 // copies of devices; `workers` low-priority threads digest and encode, and write what they encode;
-// as many writers, which take next to no time of the processors, write past the page cache what is
-// not encoded. None of them knows Python.
+// writers, four or as many, which take next to no time of the processors, write past the page cache
+// what is not encoded. None of them knows Python.
 //
 // CUDA is opened when the first of its extents is seen (or by reserve), and not before.
 #pragma once
@@ -51,7 +51,7 @@ enum class Codec { kNone, kFast, kSmall, kAuto };
 struct EngineOptions {
   std::size_t chunk_size = 4u << 20;  // also the size of a slot; a multiple of kPageSize
   std::size_t slots = 64;             // bound of the staging memory; at least 2
-  unsigned workers = 2;               // and writers
+  unsigned workers = 2;
   unsigned copy_threads = 2;
   int nice = 10;          // of the workers
   bool direct_io = true;  // where the file system can
@@ -175,7 +175,7 @@ class Job {
   bool may_digest() const;
   bool is_next_raw() const;
   void work(std::unique_lock<std::mutex>& lock, Encoder& encoder);
-  void write_raw(std::unique_lock<std::mutex>& lock);
+  void write_raw(std::unique_lock<std::mutex>& lock, unsigned threads);
   void encode(std::unique_lock<std::mutex>& lock, Encoder& encoder);
   void digest(std::unique_lock<std::mutex>& lock);
   template <typename Task>
@@ -271,6 +271,7 @@ class Engine {
 
   // Constant after construction.
   const EngineOptions options_;
+  const unsigned writers_;
   const pid_t owner_;
   const Error closed_{ErrorKind::kClosed, "the engine was closed before the snapshot was written"};
   const std::shared_ptr<Staging> staging_;

@@ -385,6 +385,19 @@ TEST(writers_write_past_the_page_cache_and_workers_do_the_work) {
   }
 }
 
+// A disk needs some writes in flight, however few workers the cores allow.
+TEST(an_engine_has_four_writers_or_as_many_as_workers) {
+  for (const auto& [workers, writers] : {std::pair{1U, 4U}, std::pair{6U, 6U}}) {
+    EngineOptions options = small_engine();
+    options.workers = workers;
+    const std::shared_ptr<Engine> engine = Engine::create(options);
+    // A thread gives itself its name when it runs.
+    while (fixture::told_of_threads("engine_test", "State:").size() > 1) std::this_thread::yield();
+    CHECK_EQ(fixture::told_of_threads("pysnap-write", "State:").size(), writers);
+    CHECK_EQ(fixture::told_of_threads("pysnap-work", "State:").size(), workers);
+  }
+}
+
 // Encoding would take the processors from the caller.
 TEST(what_is_to_be_encoded_waits_until_all_is_copied) {
   const TemporaryDirectory directory;
