@@ -550,8 +550,8 @@ DROPS = [
     Drop(
         "a worker is woken for the digest of what was written",
         ENGINE,
-        "    job->write_raw(lock);\n    wake_another();\n",
-        "    job->write_raw(lock);\n",
+        "    job->write_raw(lock, writers_);\n    wake_another();\n",
+        "    job->write_raw(lock, writers_);\n",
         "engine_test writers_write_past_the_page_cache_and_workers_do_the_work",
     ),
     Drop(
