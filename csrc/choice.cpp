@@ -40,6 +40,15 @@ bool Choice::is_raw(Element element) const {
   return learnt.stage == Stage::kSettled && !learnt.encodes;
 }
 
+void Choice::learn_raw(Element element, std::size_t size, double seconds, unsigned threads) {
+  // What it takes if as many threads as workers share the disk.
+  learn(element, false, size, 0, seconds * workers_ / threads);
+}
+
+void Choice::learn_encoded(Element element, std::size_t size, double seconds, double encoding) {
+  learn(element, true, size, encoding, seconds);
+}
+
 void Choice::learn(Element element, bool encoded, std::size_t size, double encoding,
                    double seconds) {
   Learnt& learnt = learnt_[static_cast<std::size_t>(element)];

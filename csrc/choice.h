@@ -26,9 +26,11 @@ class Choice {
   bool encodes(Element element);
   // Whether encodes() would say no, now and for some chunks to come.
   bool is_raw(Element element) const;
-  // How long a chunk of `size` raw bytes took until it was written, without its digest, and how
-  // much of that its encoding was.
-  void learn(Element element, bool encoded, std::size_t size, double encoding, double seconds);
+  // How long a chunk of `size` raw bytes took until it was written, without its digest. Raw, by one
+  // of `threads` that share the disk, which need not be as many as the workers;
+  void learn_raw(Element element, std::size_t size, double seconds, unsigned threads);
+  // encoded, by a worker, and how much of that its encoding was.
+  void learn_encoded(Element element, std::size_t size, double seconds, double encoding);
 
  private:
   enum class Stage { kSettled, kTrial, kProbe };
@@ -45,6 +47,7 @@ class Choice {
     double sum = 0;       // of their seconds per byte in a trial
     double spared = 0;    // seconds that a trial may cost; below zero: the last took more
   };
+  void learn(Element element, bool encoded, std::size_t size, double encoding, double seconds);
   void learn_probe(Learnt& learnt, bool encoded, double encoding, double seconds, std::size_t size);
   void learn_trial(Learnt& learnt, double now);
   static void follow(Learnt& learnt);

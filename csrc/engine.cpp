@@ -475,11 +475,7 @@ void Job::write_raw(std::unique_lock<std::mutex>& lock, unsigned threads) {
   });
   --writing_;
   if (!done) return;
-  if (is_usual) {
-    // As many writes as threads share the disk; Choice is told what they take if workers do them.
-    seconds *= static_cast<double>(engine_.options_.workers) / threads;
-    engine_.choice_.learn(span.element, false, span.raw, 0, seconds);
-  }
+  if (is_usual) engine_.choice_.learn_raw(span.element, span.raw, seconds, threads);
   hand_to_workers(written_ahead_, std::move(staged));
 }
 
@@ -511,7 +507,7 @@ void Job::encode(std::unique_lock<std::mutex>& lock, Encoder& encoder) {
   });
   --writing_;
   if (!done) return;
-  engine_.choice_.learn(span.element, true, span.raw, encoding, seconds);
+  engine_.choice_.learn_encoded(span.element, span.raw, seconds, encoding);
   note_written(staged.chunk, chunk);
 }
 

@@ -12,7 +12,8 @@ namespace {
 using pysnap::Choice;
 using pysnap::Element;
 
-constexpr double kChunk = 4 << 20;
+constexpr std::size_t kChunkSize = 4 << 20;
+constexpr double kChunk = kChunkSize;
 
 // What workers share. Rates are bytes a second.
 struct Machine {
@@ -75,12 +76,14 @@ Outcome write(Choice& choice, unsigned workers, const Machine& machine, int chun
       worker.busy = false;
       ++done;
       outcome.encoded += worker.encoded;
+      const double seconds = now - worker.start;
       // The digest is not counted as encoding.
-      const double encoding = worker.encoded ? (worker.encoded_at - worker.start) * machine.digest /
-                                                   (machine.digest + machine.encoder)
-                                             : 0;
-      choice.learn(element, worker.encoded, static_cast<std::size_t>(kChunk), encoding,
-                   now - worker.start);
+      const double encoding =
+          (worker.encoded_at - worker.start) * machine.digest / (machine.digest + machine.encoder);
+      if (worker.encoded)
+        choice.learn_encoded(element, kChunkSize, seconds, encoding);
+      else
+        choice.learn_raw(element, kChunkSize, seconds, workers);
     }
     outcome.seconds = now;
   }
@@ -223,13 +226,33 @@ TEST(encoders_that_are_slower_than_writing_raw_cost_a_chunk_now_and_then) {
   }
 }
 
+// Four writes that share a disk take four times as long each, and the disk is no slower for it.
+TEST(it_does_not_matter_how_many_threads_write_raw) {
+  for (const unsigned threads : {1U, 2U, 4U}) {
+    for (const double encoding : {0.04, 0.06}) {
+      Choice choice(2);
+      int encoded = 0;
+      for (int chunk = 0; chunk < 100; ++chunk) {
+        if (choice.encodes(Element::kF32)) {
+          ++encoded;
+          choice.learn_encoded(Element::kF32, kChunkSize, 0.9, encoding);
+        } else {
+          choice.learn_raw(Element::kF32, kChunkSize, 0.5 * threads, threads);
+        }
+      }
+      // A twentieth of what raw takes is the bound.
+      CHECK(encoding < 0.05 ? encoded > 80 : encoded < 5);
+    }
+  }
+}
+
 TEST(a_probe_that_never_comes_back_is_sent_again) {
   Choice choice(1);
   CHECK(choice.encodes(Element::kF32));
   int until = 0;
   while (!choice.encodes(Element::kF32) && until < 1000) {
     ++until;
-    choice.learn(Element::kF32, false, 4096, 0, 1);
+    choice.learn_raw(Element::kF32, 4096, 1, 1);
   }
   CHECK_EQ(until, 128);
 }
