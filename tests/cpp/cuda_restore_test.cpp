@@ -266,7 +266,12 @@ TEST(nothing_is_copied_after_a_failure) {
   file[snapshot.chunks[5].offset] ^= 1;
   fixture::write_file(snapshot.path(), file);
   fake().set_late(FakeCuda::kCopies);
-  CHECK_EQ(thrown_by([&] { snapshot.restore(); }), "corrupt");
+  fake().hold(-1);
+  std::future<std::string> outcome =
+      std::async(std::launch::async, [&] { return thrown_by([&] { snapshot.restore(); }); });
+  CHECK(outcome.wait_for(std::chrono::milliseconds(300)) == std::future_status::timeout);
+  fake().release();
+  CHECK_EQ(outcome.get(), "corrupt");
   snapshot.state.free();
 }
 
