@@ -26,10 +26,10 @@ class Choice {
   bool encodes(Element element);
   // Whether encodes() would say no, now and for some chunks to come.
   bool is_raw(Element element) const;
-  // How long a chunk of `size` raw bytes took until it was written, without its digest. Raw, by one
-  // of `threads` that share the disk, which need not be as many as the workers;
+  // Of a chunk of `size` raw bytes: the seconds until it was written, without its digest. Raw, it
+  // shared the disk with those of `threads` - 1 others, which may be more than the workers.
   void learn_raw(Element element, std::size_t size, double seconds, unsigned threads);
-  // encoded, by a worker, and how much of that its encoding was.
+  // By a worker; `encoding` is the part of the seconds that went before the write.
   void learn_encoded(Element element, std::size_t size, double seconds, double encoding);
 
  private:
