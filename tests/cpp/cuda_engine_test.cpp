@@ -370,19 +370,17 @@ TEST(nothing_is_read_after_the_job_has_ended) {
   const HealthyDriver driver;
   const TemporaryDirectory directory;
   fake().set_late(FakeCuda::kCopies);
-  for (int way = 0; way < 4; ++way) {
+  for (int way = 0; way < 3; ++way) {
     fake().hold(-1);
     const std::shared_ptr<Engine> engine = Engine::create(small_engine());
     DeviceState state(mixed_sizes(), {0, 1});
     const std::shared_ptr<Job> job = begin(*engine, state, way % 2 == 0 ? 1000 : 5);
     CHECK(job->capture(state.streams(), nullptr));
-    if (way == 1 || way == 2)
-      CHECK_EQ(thrown_by([&] { job->open_pack(directory / "missing/0.pack"); }), "io");
+    if (way > 0) CHECK_EQ(thrown_by([&] { job->open_pack(directory / "missing/0.pack"); }), "io");
     std::future<void> ended = std::async(std::launch::async, [&] {
       if (way == 0) job->abort();
       if (way == 1) CHECK_EQ(thrown_by([&] { job->finish(); }), "io");
       if (way == 2) CHECK(job->wait_staged(kForever));
-      if (way == 3) engine->close();
     });
     CHECK(ended.wait_for(4 * pysnap::kPoll) == std::future_status::timeout);
     fake().release();
